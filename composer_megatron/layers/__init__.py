@@ -1,0 +1,1 @@
+"""Modules that play Megatron-core's parts (norm, core attention, …) without TransformerEngine or apex."""

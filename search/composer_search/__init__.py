@@ -1,0 +1,1 @@
+"""Search over Composite sequences: proxy tasks, proposers, studies, aggregation and extrapolation."""
