@@ -123,9 +123,7 @@ class Architecture:
         if values.get("format") != _FORMAT:
             raise FileError(f'{path} is not an architecture file: expected "format": "{_FORMAT}"')
         if values.get("version") != _VERSION:
-            raise FileError(
-                f"{path} has version {values.get('version')!r}; this program reads version {_VERSION}"
-            )
+            raise FileError(f"{path} has version {values.get('version')!r}; this program reads version {_VERSION}")
         sequence, shape, origin = values.get("sequence"), values.get("shape"), values.get("origin", {})
         if not isinstance(sequence, str) or not isinstance(shape, dict) or not isinstance(origin, dict):
             raise FileError(f"{path}: expected a sequence (text), a shape (object) and an origin (object)")

@@ -25,9 +25,7 @@ class SequenceError(UsageError):
         shown = "".join(" " if character.isspace() else character for character in text[:200])
         shown += "…" if len(text) > 200 else ""
         pointer = f"\n  {shown}\n  {' ' * min(position, 200)}^" if text else ""
-        super().__init__(
-            f"bad sequence {shown!r}: at position {position}: {problem}; expected {expected}{pointer}"
-        )
+        super().__init__(f"bad sequence {shown!r}: at position {position}: {problem}; expected {expected}{pointer}")
 
 
 class ShapeError(UsageError):

@@ -180,9 +180,7 @@ class _Parser:
         if not found:
             return "the text ends", "a block, " + _known()
         if found == ")":
-            return (
-                ("nothing before ')'", "a block, " + _known()) if depth else ("')' closes nothing", "no ')'")
-            )
+            return ("nothing before ')'", "a block, " + _known()) if depth else ("')' closes nothing", "no ')'")
         if found.upper() in PRIMITIVES:
             return f"unknown primitive {found!r}", f"{found.upper()!r} in upper case"
         return f"unknown primitive {found!r}" if found.isalpha() else f"unexpected {found!r}", _known()

@@ -83,11 +83,7 @@ class Shape:
         values = {"name": "custom"} | values
         if "head_dim" not in values:
             values["head_dim"] = _head_dim(values, where)
-        missing = [
-            name
-            for name, field in known.items()
-            if field.default is dataclasses.MISSING and name not in values
-        ]
+        missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in values]
         if missing:
             raise ShapeError(f"{where}: missing {', '.join(missing)}")
         return cls(**values)
