@@ -31,6 +31,8 @@ class Primitive:
         mixing_flops: Forward FLOPs a token outside the weight matrices at a sequence length, as twice their value, so
             that the causal average (S + 1) / 2 stays an integer.
         cache_elements: Elements of the decoding cache a token adds.
+        saved_elements: Elements a token keeps for the backward pass, with fused norm, activation and attention and no
+            recomputation.
     """
 
     symbol: str
@@ -40,12 +42,19 @@ class Primitive:
     norm_parameters: Callable[[Shape], int]
     mixing_flops: Callable[[Shape, int], int]
     cache_elements: Callable[[Shape], int]
+    saved_elements: Callable[[Shape], int]
 
 
 def _attention_matrices(shape: Shape) -> int:
     queries = shape.num_attention_heads * shape.head_dim
     keys_and_values = 2 * shape.num_query_groups * shape.head_dim
     return shape.hidden_size * (queries + keys_and_values) + queries * shape.hidden_size
+
+
+def _attention_saved(shape: Shape) -> int:
+    """Block input, normed input, q, k, v, the attention's output, and its log-sum-exp in fp32 (two elements)."""
+    heads = 2 * shape.num_attention_heads + 2 * shape.num_query_groups
+    return 2 * shape.hidden_size + heads * shape.head_dim + 2 * shape.num_attention_heads
 
 
 def _causal_attention_flops(shape: Shape, seq_len: int) -> int:
@@ -62,6 +71,7 @@ _ROWS = (
         norm_parameters=lambda shape: shape.hidden_size,
         mixing_flops=_causal_attention_flops,
         cache_elements=lambda shape: 2 * shape.num_query_groups * shape.head_dim,
+        saved_elements=_attention_saved,
     ),
     Primitive(
         symbol="M",
@@ -71,6 +81,7 @@ _ROWS = (
         norm_parameters=lambda shape: shape.hidden_size,
         mixing_flops=lambda shape, seq_len: 0,
         cache_elements=lambda shape: 0,
+        saved_elements=lambda shape: 2 * shape.hidden_size + 3 * shape.ffn_hidden_size,
     ),
 )
 

@@ -6,7 +6,7 @@
     letter   := a primitive's letter (`composer_megatron.primitives`)
 
 Spaces between tokens mean nothing. ``2A4M``, ``2A+4M``, ``AAMMMM`` and ``(AMM)x2`` are all sequences of six blocks; the
-last one has another order.
+last one has another order. Digits bind to the left: after ``(2A)x2`` write ``+1A``, not ``1A``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,106 @@
+"""The torchrun command of a training run: one place that both ``--dry-run`` shows and ``train`` executes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from composer_megatron.errors import ComposerError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """A training run on one machine.
+
+    Attributes:
+        architecture: The architecture file.
+        text: Folder with the tokenised text.
+        run_dir: Where checkpoints, metrics and logs go; a run found there is continued.
+        processes: Processes (GPUs) on this machine.
+        tensor_parallel: Ranks that share each matrix.
+        pipeline_parallel: Pipeline stages.
+        steps: Optimizer steps.
+        micro_batch_size: Sequences in one forward pass.
+        global_batch_size: Sequences in one optimizer step.
+        seq_len: Tokens in a sequence.
+        learning_rate: Peak learning rate.
+        seed: Seed of weights and data order.
+        extra: Further flags for Megatron, which win over ours.
+    """
+
+    architecture: Path
+    text: Path
+    run_dir: Path
+    processes: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    steps: int
+    micro_batch_size: int
+    global_batch_size: int
+    seq_len: int
+    learning_rate: float
+    seed: int = 1234
+    extra: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that the processes and the batch divide as the layout asks."""
+        for name in ("processes", "tensor_parallel", "pipeline_parallel", "steps", "micro_batch_size", "seq_len"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)}; expected at least 1")
+        model_ranks = self.tensor_parallel * self.pipeline_parallel
+        if self.processes % model_ranks:
+            problem = f"tensor_parallel x pipeline_parallel = {model_ranks} does not divide processes={self.processes}"
+            raise UsageError(f"{problem}; use a multiple of {model_ranks} processes")
+        step = self.processes // model_ranks * self.micro_batch_size
+        if self.global_batch_size < 1 or self.global_batch_size % step:
+            problem = f"global_batch_size={self.global_batch_size} is no multiple of {step}"
+            raise UsageError(f"{problem} (micro_batch_size x data-parallel ranks)")
+
+    def command(self) -> list[str]:
+        """The argument list, starting with this Python."""
+        warmup = max(1, self.steps // 20)
+        flags = {
+            "--architecture": self.architecture,
+            "--text": self.text,
+            "--run-dir": self.run_dir,
+            "--tensor-model-parallel-size": self.tensor_parallel,
+            "--pipeline-model-parallel-size": self.pipeline_parallel,
+            "--train-iters": self.steps,
+            "--micro-batch-size": self.micro_batch_size,
+            "--global-batch-size": self.global_batch_size,
+            "--seq-length": self.seq_len,
+            "--lr": self.learning_rate,
+            "--min-lr": self.learning_rate / 10,
+            "--lr-decay-style": "cosine",
+            "--lr-warmup-iters": warmup,
+            "--save-interval": max(1, self.steps // 4),
+            "--eval-interval": max(1, self.steps // 8),
+            "--seed": self.seed,
+        }
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        ours = [part for flag, value in flags.items() for part in (flag, str(value))]
+        sequence_parallel = ["--sequence-parallel"] if self.tensor_parallel > 1 else []
+        program = ["--nproc-per-node", str(self.processes), "-m", "composer_megatron.train"]
+        return [*torchrun, *program, *ours, *sequence_parallel, *self.extra]
+
+    def shell(self) -> str:
+        """The command as one line for a shell."""
+        return shlex.join(self.command())
+
+    def run(self) -> None:
+        """Run it to the end.
+
+        Raises:
+            ComposerError: If a process failed; its own message stands above.
+        """
+        cores = len(os.sched_getaffinity(0))
+        # Without a limit each process takes all cores and they get in each other's way.
+        environment = {"OMP_NUM_THREADS": str(max(1, cores // self.processes))} | os.environ
+        status = subprocess.run(self.command(), env=environment, check=False).returncode
+        if status:
+            resume = f"the same command goes on from the last checkpoint in {self.run_dir}"
+            raise ComposerError(f"training ended with exit status {status}; {resume}")
