@@ -6,21 +6,21 @@ imported by the command that needs them, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
-import json
+import difflib
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import tyro
-from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 from tyro.extras import SubcommandApp
 
 from composer_megatron import __version__
 from composer_megatron.architecture import Architecture
+from composer_megatron.display import console, print_costs, print_json, print_stages
 from composer_megatron.errors import ComposerError, UsageError
 from composer_megatron.files import read_json, write_json
 from composer_megatron.sequence import CompositeSequence
@@ -31,14 +31,7 @@ DESCRIPTION = (
     "Add --debug to any command for the traceback of an error."
 )
 
-Json = Annotated[bool, arg(name="json", help="Print one JSON object for programs instead of text.")]
-app = SubcommandApp()
-bench = SubcommandApp()
-app.command(bench, name="bench", help="Measure on this machine; the results go to a JSON file with its environment.")
-console = Console(highlight=False, soft_wrap=True)
 
-
-@app.command
 def search(
     study: Positional[Path],
     *,
@@ -46,11 +39,11 @@ def search(
     budget: int = 64,
     initial: int = 8,
     proposer: Literal["bayesian", "random", "exhaustive"] = "bayesian",
-    preset: str = "baseline",
+    preset: Literal["smoke", "demo", "baseline"] = "baseline",
     seeds: int = 1,
     seed: int = 0,
     workers: int | None = None,
-    json_output: Json = False,
+    json: bool = False,
 ) -> None:
     """Search short sequences on the MAD tasks; the same command again goes on where it stopped.
 
@@ -64,29 +57,23 @@ def search(
         seeds: Training runs a candidate, with different initial weights; their mean is the score.
         seed: Seed of data, weights and proposals.
         workers: Trials at once, one process and one thread each; all cores by default.
-        json_output: Print one JSON object for programs instead of text.
+        json: Print one JSON object for programs instead of text.
     """
-    from composer_search.strategies import SearchSettings, search as run_search  # noqa: I001
-
-    raise NotImplementedError(run_search, SearchSettings)
+    raise NotImplementedError
 
 
-@app.command
-def aggregate(
-    study: Positional[Path], *, context: int = 0, clusters: int = 5, json_output: Json = False
-) -> None:
+def aggregate(study: Positional[Path], *, context: int = 0, clusters: int = 5, json: bool = False) -> None:
     """Vote the best cluster of a study into one robust sequence; writes STUDY/aggregate.json.
 
     Args:
         study: Folder of a study.
         context: Blocks before a position that a voter must share; 0 is a plain vote, the paper's best.
         clusters: K-means clusters over the scores.
-        json_output: Print one JSON object for programs instead of text.
+        json: Print one JSON object for programs instead of text.
     """
     raise NotImplementedError
 
 
-@app.command
 def extrapolate(
     source: Positional[str],
     *,
@@ -95,7 +82,7 @@ def extrapolate(
     match: Literal["paper", "parameters"] = "paper",
     seq_len: int = 4096,
     output: Path | None = None,
-    json_output: Json = False,
+    json: bool = False,
 ) -> None:
     """Grow a small sequence to the size of a target, by stacking or stretching.
 
@@ -106,22 +93,21 @@ def extrapolate(
         match: paper rounds up as the paper does; parameters comes closest to the baseline's size.
         seq_len: Tokens in a sequence, for the FLOPs.
         output: Where to write the architecture file.
-        json_output: Print one JSON object for programs instead of text.
+        json: Print one JSON object for programs instead of text.
     """
     from composer_search import extrapolate as rules
 
     grown = rules.extrapolate(_sequence(source), load_shape(shape), method=method, match=match)
     if output:
         grown.save(output)
-    if json_output:
-        _print_json(grown.summary(seq_len))
+    if json:
+        print_json(grown.summary(seq_len))
     else:
-        _print_costs(grown, seq_len)
+        print_costs(grown, seq_len)
         if output:
             console.print(f"written to {output}")
 
 
-@app.command
 def plan(
     source: Positional[str],
     *,
@@ -131,7 +117,7 @@ def plan(
     pp: int = 1,
     micro_batch_size: int = 1,
     output: Path | None = None,
-    json_output: Json = False,
+    json: bool = False,
 ) -> None:
     """Show what a model costs and where its pipeline is cut: parameters, FLOPs, KV bytes, stages, memory.
 
@@ -143,7 +129,7 @@ def plan(
         pp: Pipeline stages.
         micro_batch_size: Sequences in a micro-batch.
         output: Also write the JSON there.
-        json_output: Print one JSON object for programs instead of text.
+        json: Print one JSON object for programs instead of text.
     """
     from composer_megatron import pipeline
 
@@ -152,14 +138,13 @@ def plan(
     summary = pipeline.summary(architecture, layout)
     if output:
         write_json(output, summary)
-    if json_output:
-        _print_json(summary)
+    if json:
+        print_json(summary)
         return
-    _print_costs(architecture, seq_len)
-    _print_stages(summary)
+    print_costs(architecture, seq_len)
+    print_stages(summary)
 
 
-@app.command
 def train(
     *,
     architecture: Path,
@@ -175,11 +160,11 @@ def train(
     learning_rate: float = 3e-4,
     seed: int = 1234,
     dry_run: bool = False,
+    megatron_flags: str = "",
 ) -> None:
     """Pretrain an architecture on Megatron-core with torchrun; the same command again resumes.
 
-    Flags after a lone -- go to Megatron as they are and win over ours. On several nodes run
-    torchrun ... -m composer_megatron.train yourself; --dry-run prints the command to start from.
+    On several nodes run torchrun ... -m composer_megatron.train yourself; --dry-run prints the command to start from.
 
     Args:
         architecture: An architecture file.
@@ -195,22 +180,172 @@ def train(
         learning_rate: Peak of the cosine schedule.
         seed: Seed of weights and data order.
         dry_run: Check, print the plan and the command, and start nothing.
+        megatron_flags: Further flags for Megatron, which win over ours, as one quoted text or after a lone --.
+    """
+    from composer_megatron import pipeline
+    from composer_megatron.text import load_text_folder
+    from composer_megatron.launch import Launch
+
+    model = Architecture.load(architecture)
+    layout = pipeline.Layout(pp, tp, micro_batch_size, seq_len)
+    summary = pipeline.summary(model, layout)
+    launch = Launch(
+        architecture=architecture,
+        text=text,
+        run_dir=run_dir,
+        processes=processes,
+        tensor_parallel=tp,
+        pipeline_parallel=pp,
+        steps=steps,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size or 4 * pp * micro_batch_size * max(1, processes // (tp * pp)),
+        seq_len=seq_len,
+        learning_rate=learning_rate,
+        seed=seed,
+        extra=tuple(shlex.split(megatron_flags)),
+    )
+    load_text_folder(text)
+    if dry_run:
+        print_costs(model, seq_len)
+        print_stages(summary)
+        print(launch.shell())
+    else:
+        launch.run()
+
+
+def eval_(run: Positional[Path], *, text: tuple[Path, ...], iteration: int | None = None, json: bool = False) -> None:
+    """Held-out loss of a run in nats and bits per byte; writes RUN/eval.json.
+
+    Args:
+        run: Folder of a training run.
+        text: A text folder (its held-out part is used), or files and folders of plain text.
+        iteration: Which checkpoint; the last by default.
+        json: Print one JSON object for programs instead of text.
     """
     raise NotImplementedError
 
 
-@app.command
-def env(*, json_output: Json = False) -> None:
+def generate(
+    run: Positional[Path],
+    *,
+    prompt: Annotated[list[str], arg(metavar="TEXT")],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    iteration: int | None = None,
+    json: bool = False,
+) -> None:
+    """Continue prompts; writes RUN/samples.json.
+
+    Args:
+        run: Folder of a training run.
+        prompt: One or more texts to continue.
+        max_new_tokens: Tokens to add at most.
+        temperature: 0 takes the likeliest token; above, samples.
+        top_k: Sample among the k likeliest tokens; 0 for all.
+        top_p: Sample among the likeliest tokens that hold this much probability.
+        seed: Seed of the sampling.
+        iteration: Which checkpoint; the last by default.
+        json: Print one JSON object for programs instead of text.
+    """
+    raise NotImplementedError
+
+
+def export(run: Positional[Path], output: Positional[Path], *, iteration: int | None = None) -> None:
+    """Write a run as a Hugging Face model that loads with trust_remote_code.
+
+    Args:
+        run: Folder of a training run.
+        output: Folder to make; an existing one is refused.
+        iteration: Which checkpoint; the last by default.
+    """
+    raise NotImplementedError
+
+
+def bench_training(
+    sequence: Positional[str] = "2A4M",
+    *,
+    shape: str = "demo",
+    method: Literal["stack", "stretch"] = "stack",
+    match: Literal["paper", "parameters"] = "paper",
+    seq_len: int = 512,
+    batch: int = 4,
+    warmup: int = 2,
+    steps: int = 10,
+    output: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Training throughput of a grown sequence beside its Llama baseline, in one process on this machine.
+
+    Args:
+        sequence: A short sequence, grown to the shape first.
+        shape: A preset or a JSON file.
+        method: How the sequence is grown.
+        match: As for extrapolate.
+        seq_len: Tokens in a sequence; what a Composite saves grows with it.
+        batch: Sequences in a step.
+        warmup: Steps before the clock starts.
+        steps: Timed steps; the median counts.
+        output: The JSON file; by default runs/bench/DEVICE/training-SHAPE-SEQ_LEN.json.
+        json: Print one JSON object for programs instead of text.
+    """
+    from composer_megatron.bench import Workload, bench_training as measure, device_name  # noqa: I001
+    from composer_search import extrapolate as rules
+
+    composite = rules.extrapolate(CompositeSequence.parse(sequence), load_shape(shape), method=method, match=match)
+    result = measure(composite, Workload(seq_len=seq_len, batch=batch, warmup=warmup, steps=steps))
+    output = output or Path("runs/bench") / device_name() / f"training-{composite.shape.name}-{seq_len}.json"
+    write_json(output, result)
+    if json:
+        print_json(result)
+        return
+    table = Table(title=f"training steps of {batch} x {seq_len} tokens on {device_name()}", title_justify="left")
+    for heading in ("model", "sequence", "parameters", "ms a step", "tokens/s", "TFLOP/s"):
+        table.add_column(heading, justify="right")
+    for name, row in result["models"].items():
+        rates = (f"{row['median_seconds'] * 1e3:,.1f}", f"{row['tokens_per_second']:,.0f}", f"{row['tflops']:.3f}")
+        table.add_row(name, row["sequence"], f"{row['params_total']:,}", *rates)
+    console.print(table)
+    console.print(f"composite over baseline: x{result['speedup']:.3f}; written to {output}")
+
+
+def report(
+    study: Positional[Path] | None = None,
+    *,
+    architecture: tuple[str, ...] = (),
+    run: tuple[str, ...] = (),
+    text: Path | None = None,
+    plan: Path | None = None,
+    seq_len: int = 4096,
+    output: Path = Path("report.html"),
+) -> None:
+    """One self-contained page of a study, its models and their training.
+
+    Args:
+        study: Folder of a study.
+        architecture: NAME=FILE of architecture files to draw and to count.
+        run: NAME=FOLDER of training runs.
+        text: The text folder that the runs were trained on, for the unigram line.
+        plan: A plan's JSON file.
+        seq_len: Tokens in a sequence, for the FLOPs.
+        output: The page.
+    """
+    raise NotImplementedError
+
+
+def env(*, json: bool = False) -> None:
     """Show versions and devices, for bug reports.
 
     Args:
-        json_output: Print one JSON object for programs instead of text.
+        json: Print one JSON object for programs instead of text.
     """
     from composer_megatron.env import environment
 
     found = environment()
-    if json_output:
-        _print_json(found)
+    if json:
+        print_json(found)
         return
     for key in ("python", "platform", "cpu", "cpu_cores"):
         console.print(f"{key:12} {found[key]}")
@@ -242,53 +377,45 @@ def _architecture(source: str, shape: str | None) -> Architecture:
     return Architecture(CompositeSequence.parse(source), load_shape(shape))
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+COMMANDS = (search, aggregate, extrapolate, plan, train, generate, eval_, export, bench_training, report, env)
 
 
-def _print_costs(architecture: Architecture, seq_len: int) -> None:
-    this, baseline = architecture.summary(seq_len), architecture.baseline().summary(seq_len)
-    table = Table(title=f"{this['sequence']} at shape {architecture.shape.name}", title_justify="left")
-    for heading in ("", "this", "Llama baseline", "baseline / this"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    rows = {
-        "blocks": "blocks",
-        "attention blocks": "attention",
-        "MLP blocks": "mlp",
-        "parameters, no embeddings": "params_non_embedding",
-        "parameters, all": "params_total",
-        f"training FLOPs a token at {seq_len:,}": "flops_per_token",
-        "KV bytes a token (bf16)": "kv_bytes_per_token",
-    }
-    for label, key in rows.items():
-        ratio = f"{baseline[key] / this[key]:.3f}" if this[key] else "-"
-        table.add_row(label, f"{this[key]:,}", f"{baseline[key]:,}", ratio)
-    console.print(table)
+def _program() -> tuple[SubcommandApp, list[str]]:
+    """The commands, and their names."""
+    app, bench = SubcommandApp(), SubcommandApp()
+    names = []
+    for command in COMMANDS:
+        name = command.__name__.strip("_")
+        if name.startswith("bench_"):
+            bench.command(command, name=name.removeprefix("bench_"))
+            app.command(bench, name="bench", help="Measure on this machine.")
+            name = "bench"
+        else:
+            app.command(command, name=name)
+        names.append(name)
+    return app, names
 
 
-def _print_stages(summary: dict[str, Any]) -> None:
-    table = Table(title=f"pipeline pattern {summary['pattern']}", title_justify="left")
-    for heading in ("stage", "blocks", "FLOPs a token", "parameters a rank", "states GB", "activations GB"):
-        table.add_column(heading, justify="right")
-    for number, stage in enumerate(summary["stages"]):
-        memory = (f"{stage[key] / 1e9:.2f}" for key in ("state_bytes", "activation_bytes"))
-        table.add_row(
-            str(number), stage["blocks"], f"{stage['flops_per_token']:,}", f"{stage['params_per_rank']:,}", *memory
-        )
-    console.print(table)
-    console.print(
-        f"balance (mean over slowest stage) {summary['balance']:.3f}; "
-        f"with equal block counts {summary['balance_equal_split']:.3f}"
-    )
+def _check_command(arguments: list[str], names: list[str]) -> None:
+    """Answer a mistyped command with the one that was meant."""
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
+        near = difflib.get_close_matches(arguments[0], names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(names)}"
+        raise UsageError(f"unknown command {arguments[0]!r}: {hint}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the program and exit: 0 done, 1 failed, 2 wrong usage. Errors are one message on standard error."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    ours = [argument for argument in arguments[:end] if argument != "--debug"]
+    debug = len(ours) < end
+    if arguments[end + 1 :]:
+        ours.append(f"--megatron-flags={shlex.join(arguments[end + 1 :])}")
+    app, names = _program()
     try:
-        app.cli(prog="composer-megatron", description=DESCRIPTION, args=arguments)
+        _check_command(ours, names)
+        app.cli(prog="composer-megatron", description=DESCRIPTION, args=ours, config=(tyro.conf.FlagCreatePairsOff,))
     except ComposerError as error:
         if debug:
             traceback.print_exc()
@@ -297,6 +424,5 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("composer-megatron: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)

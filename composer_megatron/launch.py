@@ -62,7 +62,6 @@ class Launch:
 
     def command(self) -> list[str]:
         """The argument list, starting with this Python."""
-        warmup = max(1, self.steps // 20)
         flags = {
             "--architecture": self.architecture,
             "--text": self.text,
@@ -74,11 +73,6 @@ class Launch:
             "--global-batch-size": self.global_batch_size,
             "--seq-length": self.seq_len,
             "--lr": self.learning_rate,
-            "--min-lr": self.learning_rate / 10,
-            "--lr-decay-style": "cosine",
-            "--lr-warmup-iters": warmup,
-            "--save-interval": max(1, self.steps // 4),
-            "--eval-interval": max(1, self.steps // 8),
             "--seed": self.seed,
         }
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
