@@ -7,10 +7,8 @@ baseline of the MAD benchmark (arXiv 2403.17844). It draws many sequences at onc
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +19,9 @@ from composer_megatron.errors import UsageError
 
 IGNORE = -100
 """The target of a position that is not scored."""
+
+MAX_SIZE = 2**17
+"""Bound on every whole-number setting, above Llama 3's vocabulary: a slip of the finger fails at once."""
 
 type Tokens = NDArray[np.int64]
 type Mask = NDArray[np.bool_]
@@ -53,19 +54,18 @@ class Sampler(ABC):
         self.check()
 
     def _typed(self, name: str, kind: str, value: Any) -> int | float | bool:
+        is_bool = isinstance(value, bool | np.bool_)
         if kind == "bool":
-            if not isinstance(value, bool | np.bool_):
+            if not is_bool:
                 raise self.refusal(name, "expected True or False")
             return bool(value)
-        if isinstance(value, bool | np.bool_):
-            raise self.refusal(name, "expected a number")
         if kind == "float":
-            if not isinstance(value, Real) or not math.isfinite(value):
-                raise self.refusal(name, "expected a finite number")
+            if is_bool or not isinstance(value, int | float | np.number):
+                raise self.refusal(name, "expected a number")
             return float(value)
         least = 0 if name == "noise_vocab_size" else 1
-        if not isinstance(value, Integral) or value < least:
-            raise self.refusal(name, f"expected a whole number of at least {least}")
+        if is_bool or not isinstance(value, int | np.integer) or not least <= value <= MAX_SIZE:
+            raise self.refusal(name, f"expected a whole number from {least} to {MAX_SIZE}")
         return int(value)
 
     def refusal(self, name: str, why: str) -> UsageError:
@@ -110,23 +110,23 @@ class NoisySampler(Sampler):
 
     @property
     @abstractmethod
-    def specials(self) -> int:
+    def num_specials(self) -> int:
         """Special tokens at the end of the vocabulary."""
 
     @property
-    def content(self) -> int:
-        """Tokens [0, content) carry information; noise follows."""
-        return self.vocab_size - self.specials - self.noise_vocab_size
+    def num_content(self) -> int:
+        """Tokens below this carry information; noise follows."""
+        return self.vocab_size - self.num_specials - self.noise_vocab_size
 
     @property
-    def keys(self) -> int:
-        """Tokens [0, keys) are keys and [keys, content) are values, in tasks that have them."""
-        return self.content // 2
+    def num_keys(self) -> int:
+        """Tokens below this are keys, the other content tokens are values, in tasks that have them."""
+        return self.num_content // 2
 
     def check(self) -> None:
         """Check the vocabulary's split and the noise."""
-        if self.content < 2:
-            reserved = f"{self.specials} special and {self.noise_vocab_size} noise tokens"
+        if self.num_content < 2:
+            reserved = f"{self.num_specials} special and {self.noise_vocab_size} noise tokens"
             raise self.refusal("vocab_size", f"expected at least 2 tokens more than its {reserved}")
         if not 0 <= self.frac_noise < 1:
             raise self.refusal("frac_noise", "expected a fraction of at least 0 and below 1")
@@ -135,10 +135,10 @@ class NoisySampler(Sampler):
 
     def noise(self, rng: Generator, shape: tuple[int, ...]) -> Tokens:
         """Uniform noise tokens."""
-        return rng.integers(self.content, self.content + self.noise_vocab_size, size=shape)
+        return rng.integers(self.num_content, self.num_content + self.noise_vocab_size, size=shape)
 
     def content_slots(self, rng: Generator, n: int, slots: int, protected: int) -> Mask:
-        """Which slots hold content instead of noise [n, slots]; one of the first `protected`, drawn anew, always does."""
+        """Which slots hold content and no noise [n, slots]; one of the first `protected`, uniform, always does."""
         if not self.frac_noise:
             return np.ones((n, slots), bool)
         safe = rng.integers(protected, size=(n, 1))

@@ -39,7 +39,7 @@ class InContextRecall(NoisySampler):
     multi_query: bool = True
 
     @property
-    def specials(self) -> int:
+    def num_specials(self) -> int:
         """The copy prefix, if any."""
         return 0 if self.multi_query else 1
 
@@ -57,13 +57,13 @@ class InContextRecall(NoisySampler):
     def draw(self, rng: Generator, shared: Generator, n: int, *, train: bool) -> Pair:
         """Draw `n` sequences; see `Sampler.draw`."""
         slots = self.seq_len // 2 - 1
-        keys = rng.integers(self.keys, size=(n, slots))
-        value_of = rng.integers(self.keys, self.content, size=(n, self.keys))
+        keys = rng.integers(self.num_keys, size=(n, slots))
+        value_of = rng.integers(self.num_keys, self.num_content, size=(n, self.num_keys))
         is_pair = self.content_slots(rng, n, slots, protected=slots + 1 if self.reference_behaviour else slots)
         is_pair[~is_pair.any(axis=1), 0] = True
 
         slot = np.arange(slots)
-        is_new = first_occurrence(np.where(is_pair, keys, self.keys + slot)) == slot
+        is_new = first_occurrence(np.where(is_pair, keys, self.num_keys + slot)) == slot  # all noise is new
         last_slot = np.where(is_pair & is_new, rng.random((n, slots)), -1).argmax(axis=1)
         last_key = np.take_along_axis(keys, last_slot[:, None], axis=1)
 
@@ -71,7 +71,7 @@ class InContextRecall(NoisySampler):
         if self.frac_noise:
             pairs = np.where(is_pair[..., None], pairs, self.noise(rng, pairs.shape))
         scored = np.zeros(pairs.shape, bool)
-        scored[..., 1] = is_pair & ~is_new & self.multi_query
+        scored[..., 1] = ~is_new & self.multi_query
 
         last = [last_key, np.take_along_axis(value_of, last_key, axis=1)]
         prefix = [] if self.multi_query else [np.full((n, 1), self.vocab_size - 1)]
