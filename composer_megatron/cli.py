@@ -332,7 +332,18 @@ def report(
         seq_len: Tokens in a sequence, for the FLOPs.
         output: The page.
     """
-    raise NotImplementedError
+    from composer_search.report import ReportInputs, write_report
+
+    inputs = ReportInputs(
+        study=study,
+        architectures=_named(architecture, "--architecture"),
+        runs=_named(run, "--run"),
+        text=text,
+        plan=plan,
+        seq_len=seq_len,
+    )
+    write_report(inputs, output)
+    console.print(f"written to {output}")
 
 
 def env(*, json: bool = False) -> None:
@@ -364,6 +375,14 @@ def _sequence(source: str) -> CompositeSequence:
     if not isinstance(text, str):
         raise ComposerError(f"{path} holds no sequence; expected an aggregate.json or an architecture file")
     return CompositeSequence.parse(text)
+
+
+def _named(pairs: tuple[str, ...], option: str) -> dict[str, Path]:
+    """NAME=PATH options as a table."""
+    for pair in pairs:
+        if not all(pair.partition("=")):
+            raise UsageError(f"{option} {pair!r}; expected NAME=PATH, such as composite=runs/composite")
+    return {name: Path(path) for name, _, path in (pair.partition("=") for pair in pairs)}
 
 
 def _architecture(source: str, shape: str | None) -> Architecture:

@@ -1,0 +1,196 @@
+"""The report: one self-contained HTML page of a search and of the models that came out of it.
+
+The page needs no network and no script: charts are inline SVG. Its script adds values on hover and sorting by column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+import composer_megatron
+from composer_megatron.files import write_text
+from composer_megatron.sequence import CompositeSequence
+from composer_search.report import models, search, settings
+from composer_search.report.charts import block_strip
+from composer_search.report.data import Contents, ReportInputs, TrainingRun, gather, is_baseline, notation
+from composer_search.report.markup import (
+    Markup,
+    Missing,
+    bullets,
+    decimal,
+    element,
+    escape,
+    integer,
+    join,
+    phrase,
+    sequence_text,
+)
+
+__all__ = ["ReportInputs", "build_report", "write_report"]
+
+_SECTIONS: tuple[tuple[str, str, Callable[[Contents], Markup | Missing]], ...] = (
+    ("search", "Candidates and scores", search.search),
+    ("vote", "The vote", search.vote),
+    ("sequences", "Sequences", models.sequences),
+    ("costs", "Parameters, FLOPs and KV cache", models.costs),
+    ("plan", "Pipeline plan", models.plan),
+    ("training", "Training", models.training),
+    ("samples", "Generated text", models.samples),
+    ("settings", "Settings and versions", settings.settings),
+)
+
+
+_MOST_BARS = 4
+
+
+def build_report(inputs: ReportInputs) -> str:
+    """The page as HTML.
+
+    Parts for which `inputs` holds nothing are left out, and the page says so.
+
+    Raises:
+        FileError: If a named file or folder is missing, or holds something else than it should; the message names it.
+    """
+    contents = gather(inputs)
+    shown, left_out = [], []
+    for anchor, title, build in _SECTIONS:
+        body = build(contents)
+        if isinstance(body, Missing):
+            left_out.append(f"{title}: {body.reason}")
+        else:
+            shown.append((anchor, title, body))
+    if contents.text is None:
+        left_out.append("Unigram model: no text folder was given")
+    links = (element("a", title, href=f"#{anchor}") for anchor, title, _ in shown)
+    headings = (element("h2", title, id=f"{anchor}-title") for anchor, title, _ in shown)
+    sections = (
+        element("section", heading, body, id=anchor, aria_labelledby=f"{anchor}-title")
+        for heading, (anchor, _, body) in zip(headings, shown, strict=True)
+    )
+    template = files("composer_search.report").joinpath("page.html").read_text(encoding="utf-8")
+    now = datetime.now(UTC)
+    return Template(template).substitute(
+        title=escape(_title(contents)),
+        date=element("time", f"{now:%d %B %Y, %H:%M} UTC", datetime=now.isoformat(timespec="seconds")),
+        version=escape(composer_megatron.__version__),
+        summary=_summary(contents),
+        left_out=_left_out(left_out),
+        contents=bullets(links),
+        sections=join(sections),
+    )
+
+
+def write_report(inputs: ReportInputs, path: Path) -> None:
+    """Write the page to `path`, in one step; raises as `build_report` does, and then leaves `path` as it was."""
+    write_text(path, build_report(inputs))
+
+
+def _title(contents: Contents) -> str:
+    composite = next((each for each in contents.models.values() if not is_baseline(each)), None)
+    found = next((sequence for _, sequence in reversed(_found(contents))), None)
+    if composite and found and composite.sequence != found:
+        return f"From {notation(found)} to {notation(composite.sequence)}"
+    if composite:
+        return f"{notation(composite.sequence)} beside its Llama baseline"
+    return f"A search that found {notation(found)}" if found else "Composer report"
+
+
+def _found(contents: Contents) -> list[tuple[str, CompositeSequence]]:
+    """What the search led to: its best trial's sequence, then the aggregated one."""
+    study = contents.study
+    found = [("best trial", study.scored[0][0].sequence)] if study and study.scored else []
+    return [*found, ("aggregated", study.aggregate.sequence)] if study and study.aggregate else found
+
+
+def _summary(contents: Contents) -> Markup:
+    """The opening: what was done in a few sentences, the figures that matter, and the models as bars."""
+    sentences = [*_search_sentences(contents), *_training_sentences(contents)]
+    lead = element("p", join(sentences, " "), class_="lead") if sentences else ""
+    tiles = _tiles(contents)
+    figures = element("div", *tiles, class_="tiles") if tiles else ""
+    return phrase(lead, _opening_bars(contents), figures)
+
+
+def _search_sentences(contents: Contents) -> list[Markup]:
+    study = contents.study
+    if study is None or not study.scored:
+        return []
+    best, score = study.scored[0]
+    of = [" of ", integer(study.candidates)] if study.candidates else []
+    tried = phrase("The search scored ", integer(len(study.scored)), *of, " candidate sequences; ")
+    best_one = phrase("the best, ", sequence_text(notation(best.sequence)), ", reached ", decimal(score, 3), ".")
+    sentences = [phrase(tried, best_one)]
+    if study.aggregate:
+        voters = integer(len(study.aggregate.members))
+        text = sequence_text(notation(study.aggregate.sequence))
+        sentences.append(phrase("The ", voters, " sequences of the best cluster voted for ", text, "."))
+    return sentences
+
+
+def _training_sentences(contents: Contents) -> list[Markup]:
+    clauses = [_clause(run, run.evaluation) for run in contents.runs if run.evaluation]
+    if not clauses:
+        return []
+    if contents.unigram:
+        clauses.append(phrase("a unigram model ", decimal(contents.unigram[1], 3)))
+    return [phrase("On held-out text ", join(clauses, "; "), ".")]
+
+
+def _clause(run: TrainingRun, evaluation: dict[str, float]) -> Markup:
+    name = phrase(element("strong", run.name), ", ", sequence_text(notation(run.architecture.sequence)))
+    bits, steps = decimal(evaluation["bits_per_byte"], 3), integer(int(evaluation["iteration"]))
+    return phrase(name, ", needs ", bits, " bits per byte after ", steps, " steps")
+
+
+def _opening_bars(contents: Contents) -> Markup:
+    """The models, or what was found where there is no model yet, as bars without words: the page's picture."""
+    found = [(name, each.sequence) for name, each in contents.models.items()] or _found(contents)
+    if not found:
+        return Markup()
+    shown = found[:_MOST_BARS]
+    longest = max(len(sequence) for _, sequence in shown)
+    rows = [
+        element("div", element("span", name, class_="note"), block_strip(sequence.letters, longest))
+        for name, sequence in shown
+    ]
+    return element("div", *rows, class_="opening")
+
+
+def _tiles(contents: Contents) -> list[Markup]:
+    tiles = []
+    if contents.study and contents.study.scored:
+        best, score = contents.study.scored[0]
+        words = f"mean task accuracy of {notation(best.sequence)}, {search.seeds_phrase(contents.study)}"
+        tiles.append(_tile("best score", decimal(score, 3), words))
+    losses = [
+        (run.name, run.evaluation["bits_per_byte"], run.evaluation["nats_per_token"])
+        for run in contents.runs
+        if run.evaluation
+    ]
+    if contents.unigram:
+        nats, bits = contents.unigram
+        losses.append(("unigram model", bits, nats))
+    for name, bits, nats in losses:
+        note = phrase("held-out bits per byte; ", decimal(nats, 4), " nats per token")
+        tiles.append(_tile(name, decimal(bits, 3), note))
+    return tiles
+
+
+def _tile(name: str, value: Markup, note: str) -> Markup:
+    return element(
+        "div",
+        element("p", name, class_="tile-name"),
+        element("p", value, class_="tile-value"),
+        element("p", note, class_="note"),
+        class_="tile",
+    )
+
+
+def _left_out(reasons: list[str]) -> Markup:
+    if not reasons:
+        return Markup()
+    return element("aside", element("p", "Left out of this page"), bullets(reasons), class_="left-out")

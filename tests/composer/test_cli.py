@@ -1,0 +1,146 @@
+"""The program: what it prints for people and for programs, and that no mistake ends in a traceback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from composer_megatron import cli
+from composer_megatron.architecture import Architecture
+
+
+class Outcome:
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Outcome:
+    try:
+        cli.main(list(arguments))
+        status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    return Outcome(status, *capsys.readouterr())
+
+
+def test_extrapolate_prints_the_promised_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    done = run(capsys, "extrapolate", "2A4M", "--method", "stack", "--shape", "1b", "--json")
+    found = json.loads(done.out)
+    assert set(found) == {
+        *("sequence", "runs", "blocks", "attention", "mlp", "params_non_embedding", "params_total"),
+        *("kv_bytes_per_token", "kv_ratio", "flops_per_token", "flops_ratio"),
+    }
+    assert (found["blocks"], found["attention"], found["mlp"]) == (27, 9, 18)
+    assert found["kv_ratio"] == 16 / 9
+    assert found["params_non_embedding"] == 1_000_398_848
+    assert sum(length for _, length in found["runs"]) == 27
+
+
+def test_from_aggregate_to_architecture_to_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    aggregate, output, plan = (tmp_path / name for name in ("aggregate.json", "deep/architecture.json", "plan.json"))
+    aggregate.write_text('{"sequence": "2A4M"}')
+    shape = ("--shape", "tiny", "--match", "parameters")
+    assert run(capsys, "extrapolate", str(aggregate), *shape, "--output", str(output)).status == 0
+    assert Architecture.load(output).origin["from"] == "2A4M"
+    done = run(capsys, "plan", str(output), "--pp", "2", "--json", "--output", str(plan))
+    assert json.loads(done.out) == json.loads(plan.read_text())
+    assert len(json.loads(done.out)["stages"]) == 2
+    shown = run(capsys, "plan", str(output), "--pp", "2").out
+    assert "pipeline pattern" in shown
+    assert "Llama baseline" in shown
+
+
+def test_env(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "torch" in json.loads(run(capsys, "env", "--json").out)["packages"]
+    assert "megatron-core" in run(capsys, "env").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["extrapolte"], 2, "did you mean 'extrapolate'"),
+        (["dance"], 2, "the commands are search"),
+        (["extrapolate", "2A4X"], 2, "unknown primitive 'X'"),
+        (["extrapolate", "0A"], 2, "at least 1"),
+        (["extrapolate", ""], 2, "empty"),
+        (["extrapolate", "(2A"], 2, "never closed"),
+        (["extrapolate", "2A4M", "--shape", "1B"], 2, "did you mean '1b'"),
+        (["extrapolate", "2A4M", "--shape", "absent.json"], 1, "absent.json"),
+        (["extrapolate", "absent.json"], 1, "absent.json"),
+        (["extrapolate", "2A4M", "--seq-len", "0", "--json"], 2, "seq_len=0"),
+        (["extrapolate", "60M", "--shape", "tiny"], 2, "more than the"),
+        (["plan", "2A4M"], 2, "add --shape"),
+        (["plan", "2A4M", "--shape", "tiny", "--pp", "7"], 2, "7 pipeline stages for the 6 blocks"),
+        (["plan", "2A4M", "--shape", "tiny", "--tp", "3"], 2, "does not divide"),
+        (["plan", "a.json", "--shape", "tiny"], 2, "has its own shape"),
+        (["aggregate", "absent-study"], 1, "absent-study"),
+        (["generate", "absent-run", "--prompt", "x"], 1, "absent-run"),
+        (["eval", "absent-run", "--text", "absent-text"], 1, "absent-"),
+        (["export", "absent-run", "out"], 1, "absent-run"),
+        (["report", "absent-study"], 1, "absent-study"),
+        (["report", "--run", "nameless"], 2, "NAME="),
+        (["search", "study", "--length", "0"], 2, "length=0"),
+        (["search", "study", "--budget", "0"], 2, "budget=0"),
+        (["bench", "training", "--steps", "0", "--shape", "tiny"], 2, "steps=0"),
+        (["train", "--architecture", "absent.json", "--text", "t", "--run-dir", "r"], 1, "absent.json"),
+        (["extrapolate", "2A4M", "--", "--lr", "1"], 2, "megatron-flags"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_end_with_one_message(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: list[str],
+    status: int,
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(capsys, *arguments)
+    assert done.status == status, done.err + done.out
+    assert words in done.err + done.out
+    assert "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    done = run(capsys, "extrapolate", "2A4X", "--debug")
+    assert done.status == 2
+    assert "Traceback" in done.err
+    assert done.err.rstrip().splitlines()[-1].lstrip().startswith("^")
+
+
+def test_train_dry_run_starts_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("composer_megatron.text.load_text_folder", lambda path: None)
+    architecture = tmp_path / "architecture.json"
+    run(capsys, "extrapolate", "2A4M", "--shape", "tiny", "--output", str(architecture))
+    folders = ["--architecture", str(architecture), "--text", str(tmp_path), "--run-dir", str(tmp_path / "run")]
+    done = run(
+        capsys, "train", *folders, "--processes", "2", "--pp", "2", "--dry-run", "--", "--log-throughput", "--a", "b c"
+    )
+    assert done.status == 0, done.err
+    command = done.out.splitlines()[-1]
+    assert "-m torch.distributed.run --standalone --nproc-per-node 2 -m composer_megatron.train" in command
+    assert command.endswith("--log-throughput --a 'b c'")
+    assert "balance" in done.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_module_and_help_without_optional_packages() -> None:
+    """``python -m composer_megatron --help`` lists every command, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "composer_megatron", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in cli.COMMANDS:
+        assert command.__name__.strip("_").partition("_")[0] in done.stdout
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    line = f"{sys.executable} -m composer_megatron plan 2A4M --shape 8b --json | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True, check=False)
+    assert done.stdout == "{\n"
+    assert done.stderr == ""
