@@ -13,7 +13,7 @@ PACKAGES = {
     "composer_megatron": ROOT / "composer_megatron",
     "composer_search": ROOT / "search" / "composer_search",
 }
-FRONT_DOORS = {"cli.py"}
+FRONT_DOORS = {"commands.py"}
 """The program itself calls every room."""
 MEGATRON_FREE = {"errors", "files", "primitives", "sequence", "shape", "architecture", "env"}
 MODULES = [(name, path) for name, folder in PACKAGES.items() for path in sorted(folder.rglob("*.py"))]
