@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from composer_megatron.errors import ComposerError, UsageError
+from composer_megatron.files import naming
+from composer_megatron.progress import end_with_parent, show_progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +88,41 @@ class Launch:
         return shlex.join(self.command())
 
     def run(self) -> None:
-        """Run it to the end.
+        """Run it to the end: Megatron's log goes to ``train.log`` in the run folder, progress to the terminal.
 
         Raises:
-            ComposerError: If a process failed; its own message stands above.
+            ComposerError: If a process failed, with its message or the end of the log.
         """
         cores = len(os.sched_getaffinity(0))
         # Without a limit each process takes all cores and they get in each other's way.
         environment = {"OMP_NUM_THREADS": str(max(1, cores // self.processes))} | os.environ
-        status = subprocess.run(self.command(), env=environment, check=False).returncode
-        if status:
-            resume = f"the same command goes on from the last checkpoint in {self.run_dir}"
-            raise ComposerError(f"training ended with exit status {status}; {resume}")
+        log = self.run_dir / "train.log"
+        with naming(log, "write"):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            output = log.open("ab")
+        with output:
+            start = output.tell()
+            process = subprocess.Popen(
+                self.command(),
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                preexec_fn=end_with_parent,  # noqa: PLW1509 - no threads here
+            )
+            try:
+                show_progress(process, self.run_dir / "metrics.jsonl", self.steps)
+            finally:
+                process.terminate()
+                process.wait()
+        if process.returncode:
+            raise ComposerError(_failure(log, start, process.returncode))
+
+
+def _failure(log: Path, start: int, status: int) -> str:
+    """What went wrong: the program's own message where there is one, else the log's last lines."""
+    lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if errors:
+        return errors[0]
+    shown = "\n".join(lines[-15:])
+    return f"{shown}\ntraining ended with exit status {status}; the whole log is {log}"

@@ -25,7 +25,7 @@ def test_write_replaces_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(FileError, match="No space left"):
         write_text(path, "new")
     assert read_json(path, "a value") == {"a": 1}
-    assert os.listdir(path.parent) == ["value.json"]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_append_takes_back_a_line_that_did_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

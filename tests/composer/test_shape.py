@@ -74,7 +74,7 @@ def test_heads_that_do_not_divide() -> None:
 
 
 def test_missing_fields_and_files(tmp_path: Path) -> None:
-    with pytest.raises(ShapeError, match="missing.*ffn_hidden_size"):
+    with pytest.raises(ShapeError, match=r"missing.*ffn_hidden_size"):
         Shape.from_dict({"hidden_size": 64, "num_attention_heads": 4})
     with pytest.raises(ShapeError, match="needs hidden_size"):
         Shape.from_dict({})

@@ -1,0 +1,361 @@
+"""The command line of a training run and all that happens before Megatron starts; `test_parallel` starts it."""
+
+import dataclasses
+import json
+import os
+import warnings
+from argparse import Namespace
+
+import pytest
+from megatron.training.arguments import add_megatron_arguments
+
+from composer_megatron import arguments, cpu, train
+from composer_megatron.architecture import Architecture
+from composer_megatron.arguments import TextFolder, given_flags, parse_options
+from composer_megatron.errors import FileError, UsageError
+from composer_megatron.files import read_json_lines
+from composer_megatron.metrics import MetricsLog, tee
+from composer_megatron.sequence import CompositeSequence
+from composer_megatron.shape import PRESETS
+
+ARCHITECTURE = Architecture(CompositeSequence.parse("2A5M2A3M"), dataclasses.replace(PRESETS["tiny"], num_query_groups=2))
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """`train` sets environment variables and warning filters for its process, which here is everyone's."""
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")})
+    with warnings.catch_warnings():
+        yield os.environ
+
+
+@pytest.fixture
+def folder(tmp_path):
+    ARCHITECTURE.save(tmp_path / "architecture.json")
+    text = tmp_path / "text"
+    text.mkdir()
+    for name in ("train.bin", "train.idx", "valid.bin", "valid.idx"):
+        (text / name).touch()
+    (text / "tokenizer.json").write_text('{"é": 1}')
+    describe(text)
+    return tmp_path
+
+
+def describe(text, **changes):
+    values = {
+        "format": "composer-text",
+        "version": 1,
+        "vocab_size": 512,
+        "end_of_text": 3,
+        "train": {"tokens": 1000},
+        "valid": {"tokens": 200},
+    }
+    (text / "text.json").write_text(json.dumps(values | changes))
+
+
+def ours(folder, *more: str) -> list[str]:
+    return ["--architecture", str(folder / "architecture.json"), "--text", str(folder / "text"), *more]
+
+
+def command_line(folder, *more: str) -> dict:
+    """What Megatron reads out of the command line, by its own parser's names."""
+    argv = [*ours(folder, "--seq-length", "64"), *more]
+    return given_flags(train.megatron_command_line(parse_options(argv)))
+
+
+def test_the_architecture_becomes_flags(folder):
+    flags = command_line(folder)
+    wanted = {
+        "hybrid_layer_pattern": "**-----**---",
+        "hidden_size": 64,
+        "ffn_hidden_size": 256,
+        "num_attention_heads": 4,
+        "group_query_attention": True,
+        "num_query_groups": 2,
+        "kv_channels": 16,
+        "padded_vocab_size": 512,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "norm_epsilon": 1e-5,
+        "position_embedding_type": "rope",
+        "rotary_base": 500_000,
+        "init_method_std": 0.02,
+        "null_tokenizer_eod_id": 3,
+        "train_data_path": [str(folder / "text/train")],
+        "valid_data_path": [str(folder / "text/valid")],
+        "seq_length": 64,
+        "max_position_embeddings": 64,
+    }
+    assert {name: flags.get(name) for name in wanted} == wanted
+    assert "untie_embeddings_and_output_weights" not in flags
+    untied = dataclasses.replace(ARCHITECTURE.shape, tied_embeddings=False)
+    Architecture(ARCHITECTURE.sequence, untied).save(folder / "architecture.json")
+    assert command_line(folder)["untie_embeddings_and_output_weights"] is True
+
+
+def test_the_machine_becomes_flags(folder, monkeypatch):
+    monkeypatch.setattr(cpu, "has_gpu", lambda: False)
+    flags = command_line(folder)
+    assert (flags["distributed_backend"], flags["use_cpu_initialization"], flags.get("bf16")) == ("gloo", True, None)
+    monkeypatch.setattr(cpu, "has_gpu", lambda: True)
+    flags = command_line(folder)
+    assert (flags["distributed_backend"], flags.get("use_cpu_initialization"), flags["bf16"]) == ("nccl", None, True)
+    assert "bf16" not in command_line(folder, "--fp32")
+    assert command_line(folder, "--fp16").get("bf16") is None
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "value"),
+    [
+        (["--lr", "0.5"], "lr", 0.5),
+        (["--lr=0.5"], "min_lr", 0.05),
+        (["--micro-batch-size", "3"], "micro_batch_size", 3),
+        (["--hidden-dropout", "0.1"], "hidden_dropout", 0.1),
+        (["--rotary-base", "10000"], "rotary_base", 10_000),
+        (["--train-samples", "64"], "train_iters", None),
+        (["--lr-warmup-iters", "2"], "lr_warmup_fraction", None),
+        (["--squared-relu"], "swiglu", None),
+        (["--logging-level", "10"], "logging_level", 10),
+        (["--hybrid-layer-pattern", "**---|--**---", "--pipeline-model-parallel-size", "2"], "num_workers", 0),
+    ],
+)
+def test_a_flag_of_the_users_wins(folder, given, name, value, capsys, monkeypatch):
+    monkeypatch.setattr(cpu, "has_gpu", lambda: False)
+    assert command_line(folder, *given).get(name) == value
+    noted = "training another model than the architecture's" in capsys.readouterr().err
+    assert noted is (given[0] in ("--rotary-base", "--squared-relu"))
+
+
+def test_the_pipeline_cut_is_the_cost_models(folder):
+    wanted = train._pattern(ARCHITECTURE, 4, 64)
+    assert wanted.count("|") == 3
+    assert command_line(folder, "--pipeline-model-parallel-size", "4")["hybrid_layer_pattern"] == wanted
+    virtual = ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"]
+    flags = command_line(folder, *virtual)
+    assert flags["hybrid_layer_pattern"] == wanted
+    assert "num_virtual_stages_per_pipeline_rank" not in flags  # Megatron refuses it beside a pattern
+
+
+def test_a_run_folder_becomes_flags(folder):
+    flags = command_line(folder, "--run-dir", str(folder / "run"), "--train-iters", "100")
+    checkpoints = str(folder / "run/checkpoints")
+    assert (flags["save"], flags["load"], flags["save_interval"]) == (checkpoints, checkpoints, 20)
+    assert flags["data_cache_path"] == str(folder / "run/cache")
+    assert not (folder / "run").exists()
+
+
+def test_all_our_flags_are_megatrons(folder):
+    """The names are checked by the parser; here, that no store of ours is a default that Megatron dropped."""
+    parser = arguments._Parser(allow_abbrev=False)
+    add_megatron_arguments(parser)
+    run = ["--run-dir", str(folder / "run")]
+    line = train.megatron_command_line(parse_options(ours(folder, "--seq-length", "64", *run)))
+    assert parser.parse_known_args(line)[1] == []
+
+
+def fails(capsys, *argv: str, status: int = 2) -> str:
+    """Run, and give the one message."""
+    assert train.main(list(argv)) == status
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("error:") == 1
+    assert "Traceback" not in printed.err
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--pipeline-model-parallel-size", "13"], "13 pipeline stages for the 12 blocks of 2A5M2A3M"),
+        (
+            ["--pipeline-model-parallel-size", "7", "--num-virtual-stages-per-pipeline-rank", "2"],
+            "14 pipeline stages for the 12 blocks",
+        ),
+        (["--num-virtual-stages-per-pipeline-rank", "0"], "expected at least 1"),
+        (["--tensor-model-parallel-size", "3"], "tensor_parallel=3 does not divide num_attention_heads=4"),
+        (["--tensor-model-parallel-size", "4"], "tensor_parallel=4 does not divide num_query_groups=2"),
+        (["--seq-length", "200"], "valid has 200 tokens, fewer than one sequence of 200 and its next"),
+        (["--trainiters", "5"], "did you mean --train-iters?"),
+        (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
+        (["surplus"], "unknown argument 'surplus'"),
+        (["--mock-data"], "--text and --mock-data: give one source of data"),
+        (["--run-dir", "run", "--rotary-base", "10000"], "--rotary-base 10000 (the architecture has 500000)"),
+        (["--run-dir", "run", "--hybrid-layer-pattern", "**----"], "another model than the architecture's"),
+        (["--run-dir", "run", "--use-distributed-optimizer"], "without TransformerEngine or Apex"),
+    ],
+)
+def test_wrong_requests(folder, capsys, given, message):
+    assert message in fails(capsys, *ours(folder, "--seq-length", "64"), *given)
+    assert not (folder / "run").exists()
+
+
+def test_missing_data(folder, capsys):
+    architecture = ["--architecture", str(folder / "architecture.json")]
+    assert "no data: give --text" in fails(capsys, *architecture)
+    assert f"there is no {folder}/none.idx" in fails(capsys, *architecture, "--data-path", "0.5", f"{folder}/none")
+    assert "required: --architecture" in fails(capsys, "--text", str(folder / "text"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda text: describe(text, vocab_size=513), "has 513 token ids, shape 'tiny' has vocab_size=512"),
+        (lambda text: describe(text, version=2), "version"),
+        (lambda text: describe(text, train={}), "missing or bad field ('tokens')"),
+        (lambda text: describe(text, end_of_text="last"), "missing or bad field"),
+        (lambda text: (text / "text.json").write_text("{"), "is not the description of a text folder"),
+        (lambda text: (text / "text.json").unlink(), "is no file"),
+        (lambda text: (text / "valid.bin").unlink(), "valid.bin is missing"),
+        (lambda text: text.rename(text.parent / "moved"), "is no folder"),
+    ],
+)
+def test_bad_text_folders(folder, capsys, spoil, message):
+    spoil(folder / "text")
+    status = 2 if "513" in message else 1
+    assert message in fails(capsys, *ours(folder, "--seq-length", "64"), status=status)
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"format": "composer-architecture", "version": 9}'])
+def test_bad_architecture_files(folder, capsys, content):
+    path = folder / "architecture.json"
+    path.unlink() if content is None else path.write_text(content)
+    assert str(path) in fails(capsys, *ours(folder), status=1)
+
+
+def test_debug_shows_where_an_error_came_from(folder):
+    with pytest.raises(UsageError, match="13 pipeline stages"):
+        train.main(ours(folder, "--seq-length", "64", "--pipeline-model-parallel-size", "13", "--debug"))
+
+
+def test_other_ranks_let_the_first_one_speak(folder, capsys, monkeypatch, environment):
+    waited = []
+    monkeypatch.setattr(train.time, "sleep", waited.append)
+    environment["RANK"] = "1"
+    assert "13 pipeline stages" in fails(capsys, *ours(folder, "--seq-length", "64", "--pipeline-model-parallel-size", "13"))
+    assert waited == [train._PATIENCE]
+
+
+def test_help_names_our_options(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(flag in printed for flag in ("--architecture", "--text", "--run-dir", "--fp32", "--debug"))
+    assert "win over" in printed
+
+
+def test_without_megatron_the_extra_is_named(folder, capsys, monkeypatch):
+    def missing(name):
+        raise train.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(train.importlib.metadata, "version", missing)
+    assert 'pip install "composer-megatron[train]"' in fails(capsys, *ours(folder), status=1)
+    monkeypatch.setattr(train.importlib.metadata, "version", lambda name: "0.17.1")
+    assert "0.17.1 is too old" in fails(capsys, *ours(folder), status=1)
+
+
+def test_a_run_folder_keeps_to_its_model(folder):
+    run, text = folder / "run", TextFolder.load(folder / "text")
+    train._check_run_dir(run, ARCHITECTURE, text)
+    train._fill_run_dir(run, ARCHITECTURE, text.path)
+    train._fill_run_dir(run, ARCHITECTURE, text.path)
+    train._check_run_dir(run, ARCHITECTURE, text)
+    assert Architecture.load(run / "architecture.json") == ARCHITECTURE
+    assert (run / "tokenizer.json").read_text() == '{"é": 1}'
+    with pytest.raises(UsageError, match="run of another architecture"):
+        train._check_run_dir(run, ARCHITECTURE.baseline(), text)
+    (text.path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UsageError, match="run with another tokenizer"):
+        train._check_run_dir(run, ARCHITECTURE, text)
+
+
+def resumed_at(load, ckpt_step=None) -> int:
+    return train._checkpointed_iteration(Namespace(load=load and str(load), ckpt_step=ckpt_step))
+
+
+def test_where_a_run_goes_on(tmp_path):
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    assert resumed_at(None) == resumed_at(tmp_path) == 0
+    tracker.write_text("20\n")
+    for iteration in (10, 20):
+        (tmp_path / f"iter_{iteration:07d}").mkdir()
+    assert (resumed_at(tmp_path), resumed_at(tmp_path, ckpt_step=10)) == (20, 10)
+    tracker.write_text("release")
+    assert resumed_at(tmp_path) == 0
+    for content, message in {"30": "iter_0000030 is missing", "": "says ''", "\x00\x01": "expected the number"}.items():
+        tracker.write_text(content)
+        with pytest.raises(FileError, match=message):
+            resumed_at(tmp_path)
+
+
+def test_unloadable_checkpoints_are_named(monkeypatch):
+    def load(*_, **__):
+        raise KeyError("decoder.final_norm.weight")
+
+    monkeypatch.setattr("megatron.training.get_args", lambda: Namespace(load="run/checkpoints"))
+    with pytest.raises(FileError, match=r"cannot load the checkpoint in run/checkpoints: KeyError: 'decoder.final_norm"):
+        train._with_clear_errors(load)()
+    assert train._with_clear_errors(lambda *a, **k: (a, k))(1, b=2) == ((1,), {"b": 2})
+
+
+@pytest.mark.parametrize("spec", [["no_such_module", "spec"], ["composer_megatron.specs", "no_such_name"]])
+def test_a_spec_that_is_not_there(spec):
+    with pytest.raises(UsageError, match=r"--spec .* there is no such module"):
+        train._check_spec(spec)
+    train._check_spec(["composer_megatron.specs", "composite_stack_spec"])
+
+
+def log(path, resumed_at=0) -> MetricsLog:
+    return MetricsLog(path, resumed_at)
+
+
+def test_metrics_are_lines_of_finite_floats_once(tmp_path):
+    import torch
+
+    path = tmp_path / "metrics.jsonl"
+    metrics = log(path)
+    metrics.add_scalar("lm loss", torch.tensor([8.5]), 1)
+    metrics.add_scalar("lm loss vs samples", 8.5, 32)
+    metrics.add_scalar("lm loss", 9.5, 1)
+    metrics.add_scalar("grad-norm", float("inf"), 1)
+    metrics.add_scalar("batch-size", 4, 1)
+    metrics.flush()
+    metrics.close()
+    lines = read_json_lines(path)
+    assert [(line["iteration"], line["name"], line["value"]) for line in lines] == [(1, "lm loss", 8.5), (1, "batch-size", 4.0)]
+    assert all(type(line["value"]) is float and line["time"] > 1e9 for line in lines)
+
+
+def test_metrics_of_a_run_that_goes_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = log(path)
+    for iteration in range(1, 6):
+        first.add_scalar("lm loss", iteration, iteration)
+    with path.open("a") as file:
+        file.write('{"iteration": 6, "na')  # torn by a kill
+    second = log(path, resumed_at=3)
+    assert [line["iteration"] for line in read_json_lines(path)] == [1, 2, 3]
+    for iteration in range(3, 6):
+        second.add_scalar("lm loss", 10 * iteration, iteration)
+    assert [line["value"] for line in read_json_lines(path)] == [1, 2, 3, 40, 50]
+
+
+def test_metrics_go_to_tensorboard_too(tmp_path):
+    seen = []
+
+    class Writer:
+        def add_scalar(self, *args):
+            seen.append(args)
+
+        def add_text(self):
+            return "text"
+
+    metrics = log(tmp_path / "metrics.jsonl")
+    writer = tee(metrics, Writer())
+    writer.add_scalar("lm loss", 1.5, 2)
+    writer.add_scalar("lm loss vs samples", 1.5, 64)
+    assert seen == [("lm loss", 1.5, 2), ("lm loss vs samples", 1.5, 64)]
+    assert writer.add_text() == "text"
+    assert [line["value"] for line in read_json_lines(metrics.path)] == [1.5]
+    assert tee(metrics, None) is metrics
