@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -76,6 +77,19 @@ class Architecture:
         """The Llama-style model of this shape: attention and MLP in turn, `Shape.baseline_pairs` times."""
         pairs = CompositeSequence("AM" * self.shape.baseline_pairs)
         return Architecture(pairs, self.shape, {"method": "baseline"})
+
+    def matched_baseline(self, step: int = 8) -> Architecture:
+        """The Llama-style model with as many weights as this one: `baseline` with other MLP widths, for a fair race.
+
+        The width is the multiple of `step` that comes closest; at least one step.
+        """
+        shape, pairs = self.shape, self.shape.baseline_pairs
+        attention = PRIMITIVES["A"].matrix_parameters(shape)
+        exact = (Fraction(self.matrix_parameters, pairs) - attention) / (3 * shape.hidden_size)
+        width = max(step, step * round(exact / step))
+        name = shape.name if width == shape.ffn_hidden_size else f"{shape.name}-ffn{width}"
+        matched = dataclasses.replace(shape, name=name, ffn_hidden_size=width)
+        return Architecture(self.baseline().sequence, matched, {"method": "matched baseline", "of": str(self.sequence)})
 
     def summary(self, seq_len: int) -> dict[str, Any]:
         """The counts beside the baseline's, as JSON values; ratios are baseline over this architecture.

@@ -6,6 +6,7 @@ that needs them, so that the program starts at once.
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Literal
@@ -30,10 +31,10 @@ def search(
     *,
     length: int = 6,
     budget: int = 64,
-    initial: int = 8,
+    initial: int | None = None,
     proposer: Literal["bayesian", "random", "exhaustive"] = "bayesian",
     preset: Literal["smoke", "demo", "baseline"] = "baseline",
-    seeds: int = 1,
+    seeds: int | None = None,
     seed: int = 0,
     workers: int | None = None,
     json: bool = False,
@@ -44,15 +45,43 @@ def search(
         study: Folder of the study; made if absent, continued if present.
         length: Blocks in a candidate; 2^length candidates in all.
         budget: Trials. A space that is no larger is searched exhaustively.
-        initial: Sobol trials before the Gaussian process takes over.
+        initial: Sobol trials before the Gaussian process takes over; by default one a block, at least 5.
         proposer: Who chooses the next candidate.
         preset: Size of the proxy tasks: smoke (seconds), demo (minutes), baseline (MAD's own six).
-        seeds: Training runs a candidate, with different initial weights; their mean is the score.
+        seeds: Training runs a candidate, whose mean is the score; by default the preset's number.
         seed: Seed of data, weights and proposals.
         workers: Trials at once, one process and one thread each; all cores by default.
         json: Print one JSON object for programs instead of text.
     """
-    raise NotImplementedError
+    from rich.console import Console
+
+    from composer_search.strategies import SearchSettings, progress_bar
+    from composer_search.strategies import search as run_search
+
+    settings = SearchSettings(
+        length=length,
+        proposer=proposer,
+        budget=budget,
+        initial=initial,
+        seed=seed,
+        evaluator=preset,
+        seeds=seeds,
+    )
+    with progress_bar(Console(stderr=True, highlight=False) if json else console) as progress:
+        found = run_search(
+            settings,
+            study,
+            workers=workers or len(os.sched_getaffinity(0)),
+            progress=progress,
+            cache_dir=study / "cache",
+        )
+    best = found.best
+    if best is None:
+        raise ComposerError(f"no trial of {study} was completed; see the errors in {study / 'trials.jsonl'}")
+    if json:
+        print_json(best.as_dict())
+    else:
+        console.print(f"best of {len(found.completed)}: {best.sequence} with {best.score:.4f}; all in {study}")
 
 
 def aggregate(study: Positional[Path], *, context: int = 0, clusters: int = 5, json: bool = False) -> None:
@@ -64,7 +93,23 @@ def aggregate(study: Positional[Path], *, context: int = 0, clusters: int = 5, j
         clusters: K-means clusters over the scores.
         json: Print one JSON object for programs instead of text.
     """
-    raise NotImplementedError
+    from composer_search.aggregate import aggregate as vote
+    from composer_search.study import Study
+
+    completed = Study.load(study).completed
+    scores = [trial.score for trial in completed]
+    result = vote([trial.sequence for trial in completed], scores, context=context, clusters=clusters)
+    write_json(study / "aggregate.json", result.as_dict())
+    if json:
+        print_json(result.as_dict())
+        return
+    table = Table(title=f"{result.sequence}: vote of the best {len(result.members)}", title_justify="left")
+    for heading in ("block", "chosen", "votes", "by"):
+        table.add_column(heading, justify="right")
+    for block, choice in enumerate(result.votes, start=1):
+        counts = "  ".join(f"{count} {letter}" for letter, count in choice.counts.items())
+        table.add_row(str(block), choice.letter, counts, choice.decision)
+    console.print(table)
 
 
 def extrapolate(
@@ -75,6 +120,7 @@ def extrapolate(
     match: Literal["paper", "parameters"] = "paper",
     seq_len: int = 4096,
     output: Path | None = None,
+    baseline_output: Path | None = None,
     json: bool = False,
 ) -> None:
     """Grow a small sequence to the size of a target, by stacking or stretching.
@@ -86,19 +132,23 @@ def extrapolate(
         match: paper rounds up as the paper does; parameters comes closest to the baseline's size.
         seq_len: Tokens in a sequence, for the FLOPs.
         output: Where to write the architecture file.
+        baseline_output: Where to write a Llama-style architecture of as many parameters, by its MLP width.
         json: Print one JSON object for programs instead of text.
     """
     from composer_search import extrapolate as rules
 
     grown = rules.extrapolate(_sequence(source), load_shape(shape), method=method, match=match)
-    if output:
-        grown.save(output)
+    written = {output: grown, baseline_output: grown.matched_baseline()}
+    for path, architecture in written.items():
+        if path:
+            architecture.save(path)
     if json:
         print_json(grown.summary(seq_len))
-    else:
-        print_costs(grown, seq_len)
-        if output:
-            console.print(f"written to {output}")
+        return
+    print_costs(grown, seq_len)
+    for path, architecture in written.items():
+        if path:
+            console.print(f"{architecture.sequence}, {architecture.params_total:,} parameters: written to {path}")
 
 
 def plan(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
@@ -42,10 +43,10 @@ def print_costs(architecture: Architecture, seq_len: int) -> None:
 def print_stages(summary: dict[str, Any]) -> None:
     """Print the stages of a plan (`composer_megatron.pipeline.summary`)."""
     table = Table(title=f"pipeline pattern {summary['pattern']}", title_justify="left")
-    for heading in ("stage", "blocks", "FLOPs a token", "parameters a rank", "states GB", "activations GB"):
+    for heading in ("stage", "blocks", "FLOPs a token", "parameters a rank", "states", "activations"):
         table.add_column(heading, justify="right")
     for number, stage in enumerate(summary["stages"]):
-        memory = (f"{stage[key] / 1e9:.2f}" for key in ("state_bytes", "activation_bytes"))
+        memory = (filesize.decimal(stage[key]) for key in ("state_bytes", "activation_bytes"))
         table.add_row(
             str(number), stage["blocks"], f"{stage['flops_per_token']:,}", f"{stage['params_per_rank']:,}", *memory
         )

@@ -122,7 +122,7 @@ _PRESETS = (
     _llama("8b", "4096/14336/32/8/128", 32, tied=False),
     # Ours: small enough for two CPU cores, with Llama 3.2 1B's ratios of ffn to hidden (4) and of heads to groups (4).
     _llama("tiny", "64/256/4/1/16", 4, tied=True, vocab_size=512),
-    _llama("demo", "192/768/8/2/24", 4, tied=True, vocab_size=4096),
+    _llama("demo", "160/640/8/2/20", 6, tied=True, vocab_size=4096),
     _llama("60m", "512/2048/8/2/64", 8, tied=True, vocab_size=32_768),
 )
 

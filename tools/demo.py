@@ -45,10 +45,11 @@ class Size:
 
 
 SIZES = {
-    "smoke": Size("tiny", "smoke", 6, 3, 20, 8, 4, 64, 3e-3, 400_000),
-    "cpu": Size("demo", "demo", 16, 6, 300, 16, 4, 128, 3e-3, 8_000_000),
+    "smoke": Size("tiny", "smoke", 6, 3, 60, 8, 4, 64, 1e-2, 1_500_000),
+    "cpu": Size("demo", "demo", 16, 6, 500, 8, 2, 128, 3e-3, 8_000_000),
     "gpu": Size("60m", "demo", 32, 8, 1500, 64, 16, 1024, 1e-3, 60_000_000),
 }
+MODELS = ("composite", "baseline")
 PROMPTS = ("def ", "import os\n", "class Stack:\n    ")
 
 
@@ -100,34 +101,27 @@ def _search(output: Path, size: Size) -> None:
 
 
 def _train(output: Path, size: Size, processes: int) -> None:
-    for name, source in _models(output).items():
-        architecture = str(output / f"{name}.json")
-        grow = ["--shape", size.shape, "--match", "parameters", "--seq-len", str(size.seq_len)]
-        _composer("extrapolate", source, *grow, "--output", architecture)
-        layout = ["--pp", str(processes), "--micro-batch-size", str(size.micro_batch)]
-        _composer(
-            "plan", architecture, *layout, "--seq-len", str(size.seq_len), "--output", str(output / f"plan-{name}.json")
-        )
-        batch = ["--global-batch-size", str(size.batch), "--seq-len", str(size.seq_len)]
+    grow = ["--shape", size.shape, "--match", "parameters", "--seq-len", str(size.seq_len)]
+    both = ["--output", str(output / "composite.json"), "--baseline-output", str(output / "baseline.json")]
+    _composer("extrapolate", str(output / "study" / "aggregate.json"), *grow, *both)
+    layout = ["--pp", str(processes), "--micro-batch-size", str(size.micro_batch), "--seq-len", str(size.seq_len)]
+    _composer("plan", str(output / "composite.json"), *layout, "--output", str(output / "plan.json"))
+    for name in MODELS:
+        folders = ["--text", str(output / "text"), "--run-dir", str(output / name)]
         schedule = ["--steps", str(size.steps), "--learning-rate", str(size.learning_rate)]
-        folders = ["--architecture", architecture, "--text", str(output / "text"), "--run-dir", str(output / name)]
-        _composer("train", *folders, "--processes", str(processes), *layout, *batch, *schedule)
+        batch = ["--processes", str(processes), "--global-batch-size", str(size.batch)]
+        _composer("train", "--architecture", str(output / f"{name}.json"), *folders, *layout, *batch, *schedule)
 
 
 def _look(output: Path, size: Size) -> None:
-    for name in _models(output):
+    for name in MODELS:
         _composer("eval", str(output / name), "--text", str(output / "text"))
         prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
         tokens = str(min(48, size.seq_len // 2))
         _composer("generate", str(output / name), *prompts, "--max-new-tokens", tokens, "--temperature", "0.7")
-    study = [str(output / "study"), "--text", str(output / "text"), "--plan", str(output / "plan-composite.json")]
-    models = [part for name in _models(output) for part in ("--run", f"{name}={output / name}")]
+    study = [str(output / "study"), "--text", str(output / "text"), "--plan", str(output / "plan.json")]
+    models = [part for name in MODELS for part in ("--run", f"{name}={output / name}")]
     _composer("report", *study, *models, "--seq-len", str(size.seq_len), "--output", str(output / "report.html"))
-
-
-def _models(output: Path) -> dict[str, str]:
-    """The sequence that each model grows from; AM stacked is the Llama baseline."""
-    return {"composite": str(output / "study" / "aggregate.json"), "baseline": "AM"}
 
 
 def _print_result(output: Path) -> bool:
@@ -139,7 +133,7 @@ def _print_result(output: Path) -> bool:
     nats, bits = unigram["unigram_nats_per_token"], unigram["unigram_bits_per_byte"]
     table.add_row("unigram", "-", "-", f"{nats:.3f}", f"{bits:.3f}")
     result = {"unigram": {"nats_per_token": nats, "bits_per_byte": bits}}
-    for name in _models(output):
+    for name in MODELS:
         found = read_json(output / name / "eval.json", "an evaluation")
         costs = json.loads(_capture("plan", str(output / f"{name}.json"), "--json"))
         losses = (f"{found['nats_per_token']:.3f}", f"{found['bits_per_byte']:.3f}")
@@ -148,7 +142,7 @@ def _print_result(output: Path) -> bool:
     console.print(table)
     write_json(output / "result.json", result)
     margin = 0.5
-    learnt = all(result[name]["nats_per_token"] < nats - margin for name in _models(output))
+    learnt = all(result[name]["nats_per_token"] < nats - margin for name in MODELS)
     if not learnt:
         console.print(f"a model is not {margin} nats below the unigram model: something is wrong", style="red")
     return learnt

@@ -85,7 +85,8 @@ def runs(text_folder, tmp_path_factory) -> dict[str, Path]:
         job.architecture.save(folder / name / "architecture.json")
         shutil.copy(text_folder / "tokenizer.json", folder / name)
     jobs = [
-        job._asdict() | {"architecture": None, "folder": str(folder / name), "iteration": 7} for name, job in JOBS.items()
+        job._asdict() | {"architecture": None, "folder": str(folder / name), "iteration": 7}
+        for name, job in JOBS.items()
     ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(

@@ -52,7 +52,8 @@ def test_flops_by_hand(name: str, text: str, seq_len: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seq_len", "ratio"), [(4096, 1.024), (8192, 1.064), (32768, 1.237)]  # reference tables, three decimals
+    ("seq_len", "ratio"),
+    [(4096, 1.024), (8192, 1.064), (32768, 1.237)],  # reference tables, three decimals
 )
 def test_flops_ratio_of_stacked_1b(seq_len: int, ratio: float) -> None:
     summary = Architecture(parse("(2A4M)x4+1A2M"), PRESETS["1b"]).summary(seq_len)
@@ -85,6 +86,21 @@ def test_summary_of_a_model_without_attention_has_no_kv_ratio() -> None:
     assert summary["kv_bytes_per_token"] == 0
     assert summary["kv_ratio"] is None
     json.dumps(summary)
+
+
+@given(st.text(alphabet="AM", min_size=8, max_size=40), st.sampled_from(["tiny", "demo", "1b"]))
+def test_matched_baseline_is_as_close_as_a_step_allows(letters: str, name: str) -> None:
+    model = Architecture(CompositeSequence(letters), PRESETS[name])
+    matched = model.matched_baseline()
+    assert matched.sequence == model.baseline().sequence
+    shape = matched.shape
+    assert shape.ffn_hidden_size % 8 == 0
+    step = 8 * 3 * shape.hidden_size * shape.baseline_pairs
+    difference = abs(matched.matrix_parameters - model.matrix_parameters)
+    assert difference <= step / 2 or shape.ffn_hidden_size == 8
+    assert matched.embedding_parameters == model.embedding_parameters
+    same = Architecture(CompositeSequence("AM" * shape.baseline_pairs), PRESETS[name])
+    assert same.matched_baseline() == same
 
 
 def test_seq_len_must_be_positive() -> None:

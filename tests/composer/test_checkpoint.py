@@ -1,7 +1,6 @@
 """Loading a run: whatever layout saved it, the weights are those drawn; what is damaged or does not fit is said."""
 
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -107,9 +106,7 @@ def test_loading_says_nothing(runs):
     """In a fresh process: no remark on missing packages, and no environment variable is needed."""
     program = f"from composer_megatron.checkpoint import load_run\nwith load_run({str(runs['plain'])!r}): pass"
     environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -144,14 +141,14 @@ DAMAGE = {
     "torn tracker": (damage_tracker, "says 'seven'; expected an iteration's number; .*complete iterations: 7"),
     "half-written": (lambda run: (checkpoint(run) / "metadata.json").unlink(), "is incomplete.*no complete checkpoint"),
     "removed": (lambda run: shutil.rmtree(checkpoint(run)), "iter_0000007 is missing; .*no complete checkpoint"),
-    "torn weights": (damage_weights, "cannot read the checkpoint .*iter_0000007"),
+    "torn weights": (damage_weights, "cannot read the checkpoint .*iter_0000007: EOFError: ; restore it"),
     "torn index": (
         lambda run: os.truncate(checkpoint(run) / ".metadata", 100),
         "cannot read the checkpoint .*iter_0000007",
     ),
     "lost weights": (
-        lambda run: next(checkpoint(run).glob("*.distcp")).unlink(),
-        "cannot read the checkpoint .*iter_0000007",
+        lambda run: [file.unlink() for file in checkpoint(run).glob("*.distcp")],
+        "cannot read the checkpoint .*iter_0000007: FileNotFoundError: .*distcp",
     ),
     "no architecture": (lambda run: (run / "architecture.json").unlink(), "architecture.json is no file"),
     "no JSON": (lambda run: (run / "architecture.json").write_text("{"), "architecture.json is not an architecture"),
@@ -177,7 +174,7 @@ OTHER_MODELS = {
     "other epsilon": ({"norm_epsilon": 1e-5}, r"layernorm_epsilon=0.0001 \(here 1e-05\)"),
     "longer": ({"sequence": "1M2A2M1A2M"}, "lacks decoder.layers.7.mlp"),
     "shorter": ({"sequence": "1M2A2M1A"}, "has decoder.layers.6.mlp.*, too"),
-    "other order": ({"sequence": "2A1M2M1A1M"}, "lacks decoder.layers.0.*and 13 more"),
+    "other order": ({"sequence": "2A1M2M1A1M"}, "lacks decoder.layers.0.*and 9 more"),
     "wider": ({"ffn_hidden_size": 64}, r"linear_fc1.weight is \(96, 32\) there and \(128, 32\) here"),
     "tied": ({"tied_embeddings": True}, "has output_layer.weight, too"),
     "smaller vocabulary": ({"vocab_size": 295}, r"weight is \(300, 32\) there and \(295, 32\) here"),
@@ -228,8 +225,10 @@ def test_a_run_without_a_tokenizer(run_dir):
 
 def test_a_run_of_megatrons_training_loop(runs, text_folder, tmp_path):
     """Two processes in a pipeline, two steps: every checkpoint loads, with all that Megatron writes beside weights."""
+    shape = Architecture.load(runs["pipeline"] / "architecture.json").shape
+    Architecture(CompositeSequence.parse("1A2M1A"), shape).save(tmp_path / "given.json")
     program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "composer_megatron.train"]
-    folders = ["--architecture", runs["pipeline"] / "architecture.json", "--text", text_folder, "--run-dir", tmp_path]
+    folders = ["--architecture", tmp_path / "given.json", "--text", text_folder, "--run-dir", tmp_path / "run"]
     steps = ["--train-iters", 2, "--lr", 1e-2, "--save-interval", 1, "--eval-iters", 1, "--eval-interval", 2]
     layout = ["--pipeline-model-parallel-size", 2, "--seq-length", 24, "--micro-batch-size", 1]
     done = subprocess.run(
@@ -242,11 +241,8 @@ def test_a_run_of_megatrons_training_loop(runs, text_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     weights = {}
     for iteration in (1, 2):
-        with load_run(tmp_path, iteration) as run:
+        with load_run(tmp_path / "run", iteration) as run:
             assert (run.iteration, run.sequence_length) == (iteration, 24)
             weights[iteration] = torch.cat([value.flatten() for value in run.model.parameters()])
     change = (weights[1] - weights[2]).abs()
     assert 0 < change.max() < 0.1  # a step of Adam's is about the learning rate
-    # What the model scored while it was trained, it scores here: the flags recorded describe the model that is built.
-    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert any(line["name"] == "lm loss" for line in logged)

@@ -105,7 +105,7 @@ def test_a_packed_file_cut_anywhere_is_an_error(tmp_path: Path, packed: str) -> 
 def test_paths_that_hold_nothing_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="no text is named"):
         source_files([])
-    with pytest.raises(FileError, match="no such file or folder: .*absent"):
+    with pytest.raises(FileError, match=r"no such file or folder: .*absent"):
         source_files([tmp_path / "absent"])
     with pytest.raises(FileError, match=r"holds no text: expected files ending in \.txt"):
         source_files([tmp_path])
@@ -128,7 +128,7 @@ def test_the_standard_library_is_all_text_without_tests_or_installed_packages() 
     files = standard_library_sources()
     names = [file.relative_to(root).as_posix() for file in files]
     assert {"json/decoder.py", "ast.py", "unittest/case.py"} <= set(names)
-    assert not any(part in name for name in names for part in ("site-packages", "test/", "encodings/", "sysconfigdata"))
+    assert not {"test", "tests", "site-packages", "encodings"} & {part for name in names for part in name.split("/")}
     assert files == standard_library_sources()
     assert [name.split("/") for name in names] == sorted(name.split("/") for name in names)
     # A demo wants 5 to 20 MB; this also reads every file.

@@ -82,7 +82,11 @@ def attention_reference(query, key, value, scale, hidden=None):
         for h in range(heads):
             group = h // (heads // groups)
             for i in range(queries):
-                visible = [j for j in range(keys) if j <= i + keys - queries and not (hidden is not None and hidden[b, 0, i, j])]
+                visible = [
+                    j
+                    for j in range(keys)
+                    if j <= i + keys - queries and not (hidden is not None and hidden[b, 0, i, j])
+                ]
                 scores = torch.stack([query[i, b, h] @ key[j, b, group] for j in visible]) * scale
                 weights = torch.softmax(scores, 0)
                 output[i, b, h] = sum(w * value[j, b, group] for w, j in zip(weights, visible, strict=True))

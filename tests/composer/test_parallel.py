@@ -24,7 +24,9 @@ from composer_megatron.files import read_json_lines
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS
 
-pytestmark = pytest.mark.skipif(cpu.has_gpu(), reason="these runs are compared on the CPU; a GPU machine would use nccl")
+pytestmark = pytest.mark.skipif(
+    cpu.has_gpu(), reason="these runs are compared on the CPU; a GPU machine would use nccl"
+)
 
 SHAPE = dataclasses.replace(PRESETS["tiny"], hidden_size=32, ffn_hidden_size=64, head_dim=8, num_query_groups=2)
 # Asymmetric, so that the cost model's cut is uneven; tied, so that two stages share a matrix.
@@ -198,11 +200,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(place, one_process):
 
 
 def test_what_megatron_refuses_is_one_message_of_one_rank(place):
-    refused = place.run("refused", "--global-batch-size", "7", processes=2)
+    """Such as the interleaved schedule on two ranks without overlap, which would pair messages wrongly."""
+    stages = ("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2")
+    refused = place.run("refused", *stages, "--no-overlap-p2p-communication", processes=2)
     assert refused.status != 0
     errors = [line for line in refused.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, refused.output
-    assert errors[0].startswith("error: Megatron refuses these flags: ")
+    assert errors[0].startswith("error: Megatron refuses these flags: When interleaved schedule is used")
     assert "composer_megatron/train.py" not in refused.output  # torchrun's own report is not ours to leave out
 
 

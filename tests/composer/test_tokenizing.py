@@ -16,8 +16,11 @@ from hypothesis import strategies as st
 from composer_megatron import tokenizing
 from composer_megatron.errors import ComposerError, FileError, UsageError
 
-TRAINING = "import hashlib, sys; from composer_megatron.tokenizing import train_tokenizer as train; "
-TRAINING += "texts = [open(sys.argv[1]).read()] * 3; print(hashlib.sha256(train(texts, 600).to_str().encode()).hexdigest())"
+TRAINING = """
+import sys
+from composer_megatron.tokenizing import train_tokenizer
+print(train_tokenizer([open(sys.argv[1]).read()] * 3, 600).to_str())
+"""
 
 
 def words(count: int, seed: int = 0) -> str:
@@ -69,7 +72,7 @@ def test_training_does_not_depend_on_threads(tmp_path: Path) -> None:
         ).stdout
         for threads in ("1", "3")
     }
-    assert len(found) == 1 and len(found.pop().strip()) == 64
+    assert len(found) == 1 and len(json.loads(found.pop())["model"]["merges"]) == 600 - 257
 
 
 @given(text=st.text(alphabet="ab \n", max_size=80), limit=st.integers(1, 20))
@@ -107,7 +110,7 @@ def test_a_process_that_dies(path: Path) -> None:
     next(encoded)
     for child in multiprocessing.active_children():
         child.kill()
-    with pytest.raises(ComposerError, match="a process that encoded text died.*try fewer workers than 2"):
+    with pytest.raises(ComposerError, match=r"a process that encoded text died.*try fewer workers than 2"):
         list(encoded)
 
 
@@ -122,11 +125,11 @@ def test_settings_inside_a_tokenizer_do_not_shorten_text(path: Path, tmp_path: P
 
 
 def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match="cannot read the tokenizer .*absent.json: No such file"):
+    with pytest.raises(FileError, match=r"cannot read the tokenizer .*absent\.json: No such file"):
         tokenizing.load_tokenizer(tmp_path / "absent.json")
     for content in ("", "{}", "no JSON", json.dumps({"model": {"type": "BPE"}})):
         (tmp_path / "bad.json").write_text(content)
-        with pytest.raises(FileError, match="bad.json is no tokenizer"):
+        with pytest.raises(FileError, match=r"bad\.json is no tokenizer"):
             tokenizing.load_tokenizer(tmp_path / "bad.json")
 
 

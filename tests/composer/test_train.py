@@ -8,6 +8,7 @@ from argparse import Namespace
 
 import pytest
 from megatron.training.arguments import add_megatron_arguments
+from torch.distributed.checkpoint.api import CheckpointException
 
 from composer_megatron import arguments, cpu, train
 from composer_megatron.architecture import Architecture
@@ -18,7 +19,9 @@ from composer_megatron.metrics import MetricsLog, tee
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS
 
-ARCHITECTURE = Architecture(CompositeSequence.parse("2A5M2A3M"), dataclasses.replace(PRESETS["tiny"], num_query_groups=2))
+ARCHITECTURE = Architecture(
+    CompositeSequence.parse("2A5M2A3M"), dataclasses.replace(PRESETS["tiny"], num_query_groups=2)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +80,7 @@ def test_the_architecture_becomes_flags(folder):
         "swiglu": True,
         "add_bias_linear": False,
         "normalization": "RMSNorm",
-        "norm_epsilon": 1e-5,
+        "layernorm_epsilon": 1e-5,
         "position_embedding_type": "rope",
         "rotary_base": 500_000,
         "init_method_std": 0.02,
@@ -232,7 +235,9 @@ def test_other_ranks_let_the_first_one_speak(folder, capsys, monkeypatch, enviro
     waited = []
     monkeypatch.setattr(train.time, "sleep", waited.append)
     environment["RANK"] = "1"
-    assert "13 pipeline stages" in fails(capsys, *ours(folder, "--seq-length", "64", "--pipeline-model-parallel-size", "13"))
+    assert "13 pipeline stages" in fails(
+        capsys, *ours(folder, "--seq-length", "64", "--pipeline-model-parallel-size", "13")
+    )
     assert waited == [train._PATIENCE]
 
 
@@ -289,14 +294,15 @@ def test_where_a_run_goes_on(tmp_path):
             resumed_at(tmp_path)
 
 
-def test_unloadable_checkpoints_are_named(monkeypatch):
+@pytest.mark.parametrize("on_ranks", [False, True])
+def test_unloadable_checkpoints_are_named(on_ranks):
     def load(*_, **__):
-        raise KeyError("decoder.final_norm.weight")
+        error = KeyError("decoder.final_norm.weight")
+        raise CheckpointException("read", {0: (error, None)}) if on_ranks else error
 
-    monkeypatch.setattr("megatron.training.get_args", lambda: Namespace(load="run/checkpoints"))
-    with pytest.raises(FileError, match=r"cannot load the checkpoint in run/checkpoints: KeyError: 'decoder.final_norm"):
-        train._with_clear_errors(load)()
-    assert train._with_clear_errors(lambda *a, **k: (a, k))(1, b=2) == ((1,), {"b": 2})
+    with pytest.raises(FileError, match=r"^cannot load run/checkpoints: KeyError: 'decoder.final_norm.weight'; do so$"):
+        train._with_clear_errors(load, "load run/checkpoints", "do so")()
+    assert train._with_clear_errors(lambda *a, **k: (a, k), "load", "do so")(1, b=2) == ((1,), {"b": 2})
 
 
 @pytest.mark.parametrize("spec", [["no_such_module", "spec"], ["composer_megatron.specs", "no_such_name"]])
@@ -323,7 +329,10 @@ def test_metrics_are_lines_of_finite_floats_once(tmp_path):
     metrics.flush()
     metrics.close()
     lines = read_json_lines(path)
-    assert [(line["iteration"], line["name"], line["value"]) for line in lines] == [(1, "lm loss", 8.5), (1, "batch-size", 4.0)]
+    assert [(line["iteration"], line["name"], line["value"]) for line in lines] == [
+        (1, "lm loss", 8.5),
+        (1, "batch-size", 4.0),
+    ]
     assert all(type(line["value"]) is float and line["time"] > 1e9 for line in lines)
 
 

@@ -69,7 +69,7 @@ def test_make_targets_exist(target: str) -> None:
 
 
 def test_pattern_for_your_own_pipeline() -> None:
-    (line,) = re.findall(r'--hybrid-layer-pattern "\$\((.*)\)"', README)
+    (line,) = re.findall(r'--hybrid-layer-pattern="\$\((.*)\)"', README)
     done = shell(line, ROOT)
     assert done.stdout.strip() == "**----", done.stderr
 
