@@ -50,7 +50,7 @@ def search(
         preset: Size of the proxy tasks: smoke (seconds), demo (minutes), baseline (MAD's own six).
         seeds: Training runs a candidate, whose mean is the score; by default the preset's number.
         seed: Seed of data, weights and proposals.
-        workers: Trials at once, one process and one thread each; all cores by default.
+        workers: Trials at once, one process and one thread each; by default one a core, at most 8.
         json: Print one JSON object for programs instead of text.
     """
     from rich.console import Console
@@ -71,7 +71,7 @@ def search(
         found = run_search(
             settings,
             study,
-            workers=workers or len(os.sched_getaffinity(0)),
+            workers=workers or min(8, len(os.sched_getaffinity(0))),
             progress=progress,
             cache_dir=study / "cache",
         )

@@ -45,7 +45,7 @@ class Size:
 
 
 SIZES = {
-    "smoke": Size("tiny", "smoke", 6, 3, 60, 8, 4, 64, 1e-2, 1_500_000),
+    "smoke": Size("tiny", "smoke", 6, 3, 250, 8, 4, 64, 1e-2, 1_500_000),
     "cpu": Size("demo", "demo", 16, 6, 500, 8, 2, 128, 3e-3, 8_000_000),
     "gpu": Size("60m", "demo", 32, 8, 1500, 64, 16, 1024, 1e-3, 60_000_000),
 }
@@ -96,7 +96,7 @@ def _prepare_text(demo: Demo, size: Size) -> None:
 def _search(output: Path, size: Size) -> None:
     study = str(output / "study")
     numbers = ["--length", "6", "--budget", str(size.budget), "--initial", str(size.initial)]
-    _composer("search", study, "--preset", size.preset, *numbers)
+    _composer("search", study, "--preset", size.preset, "--workers", "2", *numbers)
     _composer("aggregate", study)
 
 

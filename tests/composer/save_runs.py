@@ -1,7 +1,7 @@
 """Save freshly drawn models as training runs, in several parallel layouts; started by torchrun with two processes.
 
-The argument is a JSON list of jobs: ``folder`` (with an architecture file in it), ``iteration``, ``pattern`` (cut into as
-many stages as there are pipeline ranks), ``tensor_parallel``, ``dtype``, ``flags``.
+The argument is a JSON list of jobs: ``folder`` (with an architecture file in it), ``iteration``, ``pattern`` (cut into
+as many stages as there are pipeline ranks), ``tensor_parallel``, ``dtype``, ``flags``.
 """
 
 import argparse

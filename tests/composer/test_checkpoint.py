@@ -17,6 +17,7 @@ from composer_megatron.model import build_model
 from composer_megatron.sequence import CompositeSequence
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.xdist_group("runs")  # saved once, by one worker
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +203,7 @@ def test_another_order_of_blocks_is_refused_by_the_flags(runs, tmp_path):
 def test_wrong_requests(runs):
     with pytest.raises(FileError, match="iter_0000008 is missing; name one of the complete iterations: 7"):
         load_run(runs["plain"], 8)
-    with pytest.raises(UsageError, match="iteration=8 beside .*iter_0000007: give one"):
+    with pytest.raises(UsageError, match=r"iteration=8 beside .*iter_0000007: give one"):
         load_run(checkpoint(runs["plain"]), 8)
     with pytest.raises(UsageError, match="sequence_length=0; expected at least 1"):
         load_run(runs["plain"], sequence_length=0)

@@ -20,8 +20,8 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
 def config(**changes) -> TransformerConfig:
-    values = dict(num_layers=1, hidden_size=64, num_attention_heads=4, normalization="RMSNorm", attention_dropout=0.0)
-    return TransformerConfig(**{**values, **changes})
+    widths = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4}
+    return TransformerConfig(**(widths | {"normalization": "RMSNorm", "attention_dropout": 0.0} | changes))
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:

@@ -99,7 +99,7 @@ def place(tmp_path_factory) -> Place:
     (text / "tokenizer.json").write_text("{}")
     vocab_size = ARCHITECTURE.shape.vocab_size
     generator = np.random.default_rng(0)
-    about = {"format": "composer-text", "version": 1, "vocab_size": vocab_size, "end_of_text": 0}
+    about = {"format": "composer-text", "version": 1, "sources": [], "vocab_size": vocab_size, "end_of_text": 0}
     for part, documents in {"train": 60, "valid": 20}.items():
         builder = IndexedDatasetBuilder(str(text / f"{part}.bin"), dtype=DType.optimal_dtype(vocab_size))
         lengths = generator.integers(10, 60, documents)
@@ -108,7 +108,8 @@ def place(tmp_path_factory) -> Place:
             builder.add_item(torch.from_numpy(np.append(ids, 0)))
             builder.end_document()
         builder.finalize(str(text / f"{part}.idx"))
-        about[part] = {"documents": documents, "tokens": int(lengths.sum()) + documents}
+        about[part] = {"documents": documents, "tokens": int(lengths.sum()) + documents, "bytes": int(lengths.sum())}
+    about["valid"] |= {"unigram_nats_per_token": 5.5, "unigram_bits_per_byte": 8.0}
     (text / "text.json").write_text(json.dumps(about))
     return Place(path)
 

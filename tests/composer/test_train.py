@@ -7,17 +7,20 @@ import warnings
 from argparse import Namespace
 
 import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from megatron.training.arguments import add_megatron_arguments
 from torch.distributed.checkpoint.api import CheckpointException
 
 from composer_megatron import arguments, cpu, train
 from composer_megatron.architecture import Architecture
-from composer_megatron.arguments import TextFolder, given_flags, parse_options
+from composer_megatron.arguments import given_flags, parse_options
 from composer_megatron.errors import FileError, UsageError
 from composer_megatron.files import read_json_lines
 from composer_megatron.metrics import MetricsLog, tee
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS
+from composer_megatron.text_folder import load_text_folder
 
 ARCHITECTURE = Architecture(
     CompositeSequence.parse("2A5M2A3M"), dataclasses.replace(PRESETS["tiny"], num_query_groups=2)
@@ -34,11 +37,16 @@ def environment(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
+    """An architecture and a text of 10 and 2 documents of 100 tokens."""
     ARCHITECTURE.save(tmp_path / "architecture.json")
     text = tmp_path / "text"
     text.mkdir()
-    for name in ("train.bin", "train.idx", "valid.bin", "valid.idx"):
-        (text / name).touch()
+    for part, documents in {"train": 10, "valid": 2}.items():
+        builder = IndexedDatasetBuilder(str(text / f"{part}.bin"), dtype=DType.optimal_dtype(512))
+        for _ in range(documents):
+            builder.add_item(torch.arange(100))
+            builder.end_document()
+        builder.finalize(str(text / f"{part}.idx"))
     (text / "tokenizer.json").write_text('{"é": 1}')
     describe(text)
     return tmp_path
@@ -48,10 +56,17 @@ def describe(text, **changes):
     values = {
         "format": "composer-text",
         "version": 1,
+        "sources": [],
         "vocab_size": 512,
         "end_of_text": 3,
-        "train": {"tokens": 1000},
-        "valid": {"tokens": 200},
+        "train": {"documents": 10, "tokens": 1000, "bytes": 4000},
+        "valid": {
+            "documents": 2,
+            "tokens": 200,
+            "bytes": 800,
+            "unigram_nats_per_token": 4.6,
+            "unigram_bits_per_byte": 1.6,
+        },
     }
     (text / "text.json").write_text(json.dumps(values | changes))
 
@@ -178,7 +193,7 @@ def fails(capsys, *argv: str, status: int = 2) -> str:
         (["--num-virtual-stages-per-pipeline-rank", "0"], "expected at least 1"),
         (["--tensor-model-parallel-size", "3"], "tensor_parallel=3 does not divide num_attention_heads=4"),
         (["--tensor-model-parallel-size", "4"], "tensor_parallel=4 does not divide num_query_groups=2"),
-        (["--seq-length", "200"], "valid has 200 tokens, fewer than one sequence of 200 and its next"),
+        (["--seq-length", "200"], "valid has 200 tokens, fewer than a sequence of 200 and its next"),
         (["--trainiters", "5"], "did you mean --train-iters?"),
         (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
         (["surplus"], "unknown argument 'surplus'"),
@@ -205,11 +220,10 @@ def test_missing_data(folder, capsys):
     [
         (lambda text: describe(text, vocab_size=513), "has 513 token ids, shape 'tiny' has vocab_size=512"),
         (lambda text: describe(text, version=2), "version"),
-        (lambda text: describe(text, train={}), "missing or bad field ('tokens')"),
-        (lambda text: describe(text, end_of_text="last"), "missing or bad field"),
-        (lambda text: (text / "text.json").write_text("{"), "is not the description of a text folder"),
-        (lambda text: (text / "text.json").unlink(), "is no file"),
-        (lambda text: (text / "valid.bin").unlink(), "valid.bin is missing"),
+        (lambda text: describe(text, train={}), "text.json: a value is missing"),
+        (lambda text: (text / "text.json").write_text("{"), "text.json"),
+        (lambda text: (text / "valid.bin").unlink(), "valid.bin"),
+        (lambda text: (text / "valid.bin").write_bytes(b"cut"), "valid.bin"),
         (lambda text: text.rename(text.parent / "moved"), "is no folder"),
     ],
 )
@@ -261,16 +275,16 @@ def test_without_megatron_the_extra_is_named(folder, capsys, monkeypatch):
 
 
 def test_a_run_folder_keeps_to_its_model(folder):
-    run, text = folder / "run", TextFolder.load(folder / "text")
+    run, text = folder / "run", load_text_folder(folder / "text")
     train._check_run_dir(run, ARCHITECTURE, text)
-    train._fill_run_dir(run, ARCHITECTURE, text.path)
-    train._fill_run_dir(run, ARCHITECTURE, text.path)
+    train._fill_run_dir(run, ARCHITECTURE, text.folder)
+    train._fill_run_dir(run, ARCHITECTURE, text.folder)
     train._check_run_dir(run, ARCHITECTURE, text)
     assert Architecture.load(run / "architecture.json") == ARCHITECTURE
     assert (run / "tokenizer.json").read_text() == '{"é": 1}'
     with pytest.raises(UsageError, match="run of another architecture"):
         train._check_run_dir(run, ARCHITECTURE.baseline(), text)
-    (text.path / "tokenizer.json").write_text("{}")
+    text.tokenizer.write_text("{}")
     with pytest.raises(UsageError, match="run with another tokenizer"):
         train._check_run_dir(run, ARCHITECTURE, text)
 
@@ -317,8 +331,6 @@ def log(path, resumed_at=0) -> MetricsLog:
 
 
 def test_metrics_are_lines_of_finite_floats_once(tmp_path):
-    import torch
-
     path = tmp_path / "metrics.jsonl"
     metrics = log(path)
     metrics.add_scalar("lm loss", torch.tensor([8.5]), 1)

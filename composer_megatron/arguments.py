@@ -1,0 +1,290 @@
+"""The command line of a training run: our few options, and every flag of Megatron's.
+
+An architecture, a text folder, a run folder and the machine each stand for flags of Megatron's; a flag that the user
+gives wins over ours. Nothing here starts Megatron.
+"""
+
+import argparse
+import difflib
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from composer_megatron.architecture import Architecture
+from composer_megatron.errors import UsageError
+from composer_megatron.text_folder import TextInfo
+
+Flags = dict[str, Any]
+"""Flag to value: None for a flag without one, a tuple for several."""
+
+_GIVEN_WITH = {
+    "--bf16": ("fp16",),
+    "--train-iters": ("train_samples",),
+    "--lr-warmup-fraction": ("lr_warmup_iters", "lr_warmup_samples"),
+    "--swiglu": ("squared_relu", "quick_geglu"),
+    "--no-create-attention-mask-in-dataloader": ("reset_attention_mask",),
+}
+"""Flags of Megatron's that exclude one of ours: where the user gives one, ours is left out."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is ours on the command line.
+
+    Attributes:
+        architecture: The architecture file.
+        text: The text folder; None where the data comes by flags of Megatron's.
+        run_dir: The run folder; None for no checkpoints and no metrics, or where they come by flags of Megatron's.
+        fp32: Train in fp32 on a GPU, too.
+        virtual_stages: Pipeline stages on each rank.
+        debug: Show tracebacks, and the value of every flag.
+        megatron: All other arguments, as they are.
+    """
+
+    architecture: Path
+    text: Path | None
+    run_dir: Path | None
+    fp32: bool
+    virtual_stages: int
+    debug: bool
+    megatron: tuple[str, ...]
+
+
+def parse_options(argv: Sequence[str]) -> Options:
+    """Split the command line into ours and Megatron's.
+
+    Raises:
+        UsageError: If ours are wrong.
+        SystemExit: After ``--help``.
+    """
+    parser = _Parser(
+        prog="torchrun … -m composer_megatron.train",
+        allow_abbrev=False,
+        description="Pretrain an architecture on Megatron-core. Runs on GPUs (nccl, bf16) or, without one, on CPUs "
+        "(gloo, fp32).",
+        epilog="All other flags go to Megatron and win over the values that we derive from the architecture, the "
+        "folders and the machine, for example --train-iters, --lr, --micro-batch-size, --global-batch-size, "
+        "--seq-length, --tensor-model-parallel-size, --pipeline-model-parallel-size, --sequence-parallel, --seed.",
+    )
+    parser.add_argument("--architecture", type=Path, required=True, metavar="FILE", help="an architecture file")
+    parser.add_argument("--text", type=Path, metavar="DIR", help="a text folder: train and validate on it")
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="a run folder: checkpoints, TensorBoard, metrics.jsonl; a run found there goes on",
+    )
+    parser.add_argument("--fp32", action="store_true", help="train in fp32 on a GPU, too")
+    parser.add_argument(
+        "--num-virtual-stages-per-pipeline-rank",
+        dest="virtual_stages",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pipeline stages on each rank, for the interleaved schedule",
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks, and the value of every flag")
+    ours, megatron = parser.parse_known_args(argv)
+    if ours.virtual_stages < 1:
+        raise UsageError(f"--num-virtual-stages-per-pipeline-rank {ours.virtual_stages}; expected at least 1")
+    return Options(**vars(ours), megatron=tuple(megatron))
+
+
+def check_text(text: TextInfo, architecture: Architecture, seq_length: int) -> None:
+    """See that a model of that architecture can be trained on that text, in sequences of that length.
+
+    Raises:
+        UsageError: If the vocabulary is too large or the text too short.
+    """
+    shape = architecture.shape
+    if text.vocab_size > shape.vocab_size:
+        problem = (
+            f"{text.folder} has {text.vocab_size} token ids, shape {shape.name!r} has vocab_size={shape.vocab_size}"
+        )
+        raise UsageError(f"{problem}; tokenize with a smaller vocabulary, or use a shape with a larger one")
+    shortest = min(text.train.tokens, text.valid.tokens)
+    for part, split in {"train": text.train, "valid": text.valid}.items():
+        if split.tokens < seq_length + 1:
+            problem = (
+                f"{text.folder}: {part} has {split.tokens} tokens, fewer than a sequence of {seq_length} and its next"
+            )
+            raise UsageError(f"{problem}; use more text, or --seq-length {max(1, shortest - 1)} or less")
+
+
+def given_flags(argv: Sequence[str]) -> Flags:
+    """The Megatron flags in `argv`, by the name under which Megatron keeps them, with their parsed values.
+
+    Raises:
+        UsageError: For a flag that Megatron does not know, or a value that is none.
+    """
+    parser, names = _megatron_parser()
+    absent = object()
+    parsed, unknown = parser.parse_known_args(list(argv), argparse.Namespace(**dict.fromkeys(names, absent)))
+    if unknown:
+        known = re.findall(r"--[\w-]+", parser.format_usage())
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "neither we nor Megatron know it"
+        raise UsageError(f"unknown argument {unknown[0]!r}: {hint}")
+    return {name: value for name, value in vars(parsed).items() if value is not absent}
+
+
+@functools.cache
+def _megatron_parser() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = _Parser(prog="composer_megatron.train", allow_abbrev=False, add_help=False)
+    add_megatron_arguments(parser)
+    return parser, tuple(vars(parser.parse_args([])))
+
+
+def architecture_flags(architecture: Architecture, pattern: str) -> Flags:
+    """The flags that make Megatron build this architecture and no other."""
+    shape = architecture.shape
+    return {
+        "--hybrid-layer-pattern": pattern,
+        "--hidden-size": shape.hidden_size,
+        "--ffn-hidden-size": shape.ffn_hidden_size,
+        "--num-attention-heads": shape.num_attention_heads,
+        "--group-query-attention": None,
+        "--num-query-groups": shape.num_query_groups,
+        "--kv-channels": shape.head_dim,
+        "--padded-vocab-size": shape.vocab_size,  # rows of the embedding, exactly
+        "--swiglu": None,
+        "--disable-bias-linear": None,
+        "--normalization": "RMSNorm",
+        "--norm-epsilon": shape.norm_epsilon,
+        "--position-embedding-type": "rope",
+        "--rotary-percent": 1.0,
+        "--rotary-base": shape.rope_theta,
+        "--init-method-std": shape.init_std,
+    } | ({} if shape.tied_embeddings else {"--untie-embeddings-and-output-weights": None})
+
+
+def machine_flags(*, gpu: bool, fp32: bool) -> Flags:
+    """The flags for this machine and for modules that need neither TransformerEngine nor Apex."""
+    everywhere: Flags = {
+        "--transformer-impl": "local",
+        "--no-persist-layer-norm": None,
+        "--no-gradient-accumulation-fusion": None,
+        "--no-rope-fusion": None,
+        "--no-create-attention-mask-in-dataloader": None,
+        "--attention-dropout": 0.0,
+        "--hidden-dropout": 0.0,
+        "--no-one-logger": None,
+    }
+    if gpu:
+        return everywhere | {"--distributed-backend": "nccl"} | ({} if fp32 else {"--bf16": None})
+    return everywhere | {"--distributed-backend": "gloo", "--use-cpu-initialization": None, "--num-workers": 0}
+
+
+def schedule_flags(given: Flags, *, gpu: bool) -> Flags:
+    """Lengths, batches, learning rate and intervals, for those that the user leaves out."""
+    seq_length = given.get("seq_length", 4096 if gpu else 256)
+    iterations = given.get("train_iters", 1000)
+    lr = given.get("lr", 3e-4)
+    log_interval = given.get("log_interval", max(1, min(100, iterations // 100)))
+    return {
+        "--seq-length": seq_length,
+        "--max-position-embeddings": seq_length,
+        "--micro-batch-size": 1 if gpu else 4,
+        "--train-iters": iterations,
+        "--lr": lr,
+        "--min-lr": lr / 10,
+        "--lr-decay-style": "cosine",
+        "--lr-warmup-fraction": 0.05,
+        "--weight-decay": 0.1,
+        "--adam-beta2": 0.95,
+        "--eval-iters": 10,
+        "--eval-interval": max(10, iterations // 10),
+        "--log-interval": log_interval,
+        "--tensorboard-log-interval": log_interval,
+    }
+
+
+def data_flags(text: TextInfo | None, given: Flags, architecture: Architecture, run_dir: Path | None) -> Flags:
+    """Where the data lies, and a tokenizer that knows no more than ids.
+
+    Raises:
+        UsageError: If there are no data, or two sources of it.
+    """
+    sources = ("data_path", "data_args_path", "train_data_path", "per_split_data_args_path", "mock_data")
+    source = next((name for name in sources if given.get(name)), None)
+    if (text is None) == (source is None):
+        if source is None:
+            raise UsageError("no data: give --text DIR, or Megatron's --data-path, --train-data-path or --mock-data")
+        raise UsageError(f"--text and --{source.replace('_', '-')}: give one source of data")
+    flags: Flags = {"--tokenizer-type": "NullTokenizer", "--vocab-size": architecture.shape.vocab_size}
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        _check_blend(name, given.get(name) or ())
+    if text is None:
+        return flags
+    return flags | {
+        "--null-tokenizer-eod-id": text.end_of_text,
+        "--train-data-path": text.train_prefix,
+        "--valid-data-path": text.valid_prefix,
+        "--data-cache-path": (run_dir or text.folder) / "cache",
+    }
+
+
+def _check_blend(name: str, blend: Sequence[str]) -> None:
+    """See that there is an indexed data set behind every prefix; a blend has prefixes, perhaps with weights between."""
+    for prefix in blend:
+        if not prefix.replace(".", "").isdecimal() and not Path(f"{prefix}.idx").is_file():
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag}: there is no {prefix}.idx; expected the path of an indexed data set without .idx")
+
+
+def run_dir_flags(run_dir: Path, iterations: int) -> Flags:
+    """Where checkpoints and TensorBoard files go; a checkpoint found there is loaded.
+
+    A run that goes on may go on for longer, so the learning-rate schedule is that of the flags, not the checkpoint's.
+    """
+    checkpoints = run_dir / "checkpoints"
+    return {
+        "--save": checkpoints,
+        "--load": checkpoints,
+        "--save-interval": max(10, iterations // 5),
+        "--override-opt-param-scheduler": None,
+        "--tensorboard-dir": run_dir / "tensorboard",
+    }
+
+
+def contradictions(ours: Flags, given: Flags) -> list[str]:
+    """Where flags that the user gave make another model than the architecture's, one line for each."""
+    lines = []
+    for flag, value in ours.items():
+        (name, parsed), *_ = given_flags(_tokens({flag: value})).items()
+        rival = next((other for other in _GIVEN_WITH.get(flag, ()) if other in given), None)
+        if name in given and _comparable(given[name]) != _comparable(parsed):
+            lines.append(f"{flag} {given[name]} (the architecture has {value})")
+        elif rival:
+            lines.append(f"--{rival.replace('_', '-')} (the architecture has {flag})")
+    return lines
+
+
+def _comparable(value: Any) -> Any:
+    """Another cut into pipeline stages is no other model."""
+    return value.replace("|", "") if isinstance(value, str) else value
+
+
+def command_line(ours: Flags, given: Flags, argv: Iterable[str]) -> list[str]:
+    """What Megatron is to parse: our flags, but for those that the user gave or excludes, and then the user's."""
+    kept = {
+        flag: value
+        for flag, value in ours.items()
+        if not set(_GIVEN_WITH.get(flag, ())) & set(given) and not set(given_flags(_tokens({flag: value}))) & set(given)
+    }
+    return [*_tokens(kept), *argv]
+
+
+def _tokens(flags: Flags) -> list[str]:
+    # Joined by "=", since a pattern that starts with MLP blocks ("--**") would read as a flag of its own.
+    return [flag if value is None else f"{flag}={value}" for flag, value in flags.items()]

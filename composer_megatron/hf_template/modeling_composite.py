@@ -1,0 +1,338 @@
+"""A Composite language model for Hugging Face transformers: attention and MLP blocks in any order.
+
+Needs PyTorch and transformers alone. The order is ``config.sequence``, for example ``2A4M2A4M``: A is a block of
+grouped-query attention, M a block of SwiGLU MLP. Each block is ``x + f(norm(x))``; attention blocks alone have a
+decoding cache, and take its places in their own order: the first attention block has place 0.
+"""
+
+import re
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+
+class CompositeConfig(PretrainedConfig):
+    """The widths of a Composite model and the order of its blocks.
+
+    Args:
+        sequence: Runs of blocks, each a count (1 if left out) and a letter: ``2A4M``, ``AAMMMM``.
+        vocab_size: Rows of the embedding.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Inner width of the MLP.
+        num_attention_heads: Query heads.
+        num_key_value_heads: Key and value heads; a divisor of the query heads.
+        head_dim: Width of a head.
+        max_position_embeddings: Tokens of a training sequence.
+        rope_theta: Base of the rotary embedding.
+        rms_norm_eps: Added to the mean square in RMSNorm.
+        initializer_range: Standard deviation of fresh weights.
+        tie_word_embeddings: Whether the output layer is the embedding.
+        use_cache: Whether a forward pass returns a decoding cache.
+        kwargs: As for every configuration.
+    """
+
+    model_type = "composite"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    def __init__(
+        self,
+        *,
+        sequence: str = "2A4M",
+        vocab_size: int = 32768,
+        hidden_size: int = 512,
+        intermediate_size: int = 2048,
+        num_attention_heads: int = 8,
+        num_key_value_heads: int = 2,
+        head_dim: int = 64,
+        max_position_embeddings: int = 4096,
+        rope_theta: float = 500000.0,
+        rms_norm_eps: float = 1e-5,
+        initializer_range: float = 0.02,
+        tie_word_embeddings: bool = True,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if not re.fullmatch(r"(\d*[AM])+", sequence):
+            raise ValueError(f"sequence={sequence!r}; expected counts and the letters A and M, such as 2A4M")
+        self.sequence = sequence
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = len(self.blocks)
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_theta = rope_theta
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        kwargs.pop("num_hidden_layers", None)  # the sequence says it
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def blocks(self) -> str:
+        """One letter a block: ``AAMMMM`` for ``2A4M``."""
+        runs = re.findall(r"(\d*)([AM])", self.sequence)
+        return "".join(letter * int(count or 1) for count, letter in runs)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, hidden_size) to the same shape."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_embedding(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles by which the pairs of a head turn, each (batch, 1, tokens, head_dim).
+
+    Component i is paired with component i + head_dim / 2; both turn by position / theta^(2i / head_dim).
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions[:, None, :, None].float() * (1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs of x, (batch, heads, tokens, head_dim)."""
+    cosine, sine = rotation
+    first, second = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat((-second, first), dim=-1) * sine
+
+
+def visible_keys(queries: int, keys: int, past: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which keys each query sees, (batch or 1, 1, queries, keys), true for yes; None where causality alone says it.
+
+    The query at index i stands at place past + i of the keys; places after that are in the future or not yet filled.
+    A mask of four dimensions is complete as it is; `generate` makes such masks for static caches.
+    """
+    if mask is not None and mask.dim() == 4:
+        return mask
+    if mask is None and keys == past + queries and (queries == 1 or past == 0):
+        return None
+    own = torch.arange(queries, device=device)[:, None] + past
+    places = torch.arange(keys, device=device)[None, :]
+    seen = (places <= own)[None, None]
+    if mask is None:
+        return seen
+    real = F.pad(mask.bool(), (0, keys - mask.shape[1]))
+    # A padding token sees itself: softmax over no key at all would be no number.
+    return seen & real[:, None, None, :] | (places == own)[None, None]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary embedding."""
+
+    def __init__(self, config: CompositeConfig, cache_place: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.cache_place = cache_place
+        query_width = config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, past_key_values: Cache | None, past: int
+    ) -> Tensor:
+        """Attend; `x` is (batch, tokens, hidden_size), `past` counts the tokens in the cache."""
+        batch, tokens, _ = x.shape
+        query, key, value = (
+            projection(x).view(batch, tokens, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.cache_place)
+        visible = visible_keys(tokens, key.shape[2], past, mask, x.device)
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=visible, is_causal=visible is None and tokens > 1, enable_gqa=True
+        )
+        return self.o_proj(output.transpose(1, 2).reshape(batch, tokens, -1))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: CompositeConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, hidden_size) to the same shape."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class AttentionBlock(GradientCheckpointingLayer):
+    """x + attention(norm(x))."""
+
+    def __init__(self, config: CompositeConfig, cache_place: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, cache_place)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        past: int = 0,
+    ) -> Tensor:
+        """As for `Attention`."""
+        return x + self.self_attn(self.norm(x), rotation, mask, past_key_values, past)
+
+
+class MLPBlock(GradientCheckpointingLayer):
+    """x + mlp(norm(x))."""
+
+    def __init__(self, config: CompositeConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, hidden_size) to the same shape."""
+        return x + self.mlp(self.norm(x))
+
+
+class CompositePreTrainedModel(PreTrainedModel):
+    """What the classes below share."""
+
+    config_class = CompositeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["AttentionBlock", "MLPBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_sdpa = True
+
+
+class CompositeModel(CompositePreTrainedModel):
+    """Embedding, blocks, final norm."""
+
+    def __init__(self, config: CompositeConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            AttentionBlock(config, config.blocks[:index].count("A")) if letter == "A" else MLPBlock(config)
+            for index, letter in enumerate(config.blocks)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: (batch, tokens).
+            attention_mask: (batch, tokens seen so far and now), 0 for padding; or (batch, 1, tokens, keys) as
+                `scaled_dot_product_attention` takes it.
+            position_ids: (batch, tokens); by default they count on from the cache.
+            past_key_values: The decoding cache of the tokens before.
+            inputs_embeds: (batch, tokens, hidden), instead of `input_ids`.
+            use_cache: Whether to return a cache; by default as configured.
+            kwargs: Not used.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if attention_mask is not None and attention_mask.dim() not in (2, 4):
+            raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}; expected (batch, tokens)")
+        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.all():
+            attention_mask = None  # no padding: attention is faster without a mask
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache()
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
+        rotation = rotary_embedding(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
+        for letter, layer in zip(self.config.blocks, self.layers, strict=True):
+            if letter == "A":
+                x = layer(x, rotation, attention_mask, past_key_values=past_key_values, past=past)
+            else:
+                x = layer(x)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+
+class CompositeForCausalLM(CompositePreTrainedModel, GenerationMixin):
+    """A Composite model with an output layer over the vocabulary."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: CompositeConfig) -> None:
+        super().__init__(config)
+        self.model = CompositeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (batch, tokens, vocabulary), and with labels their loss.
+
+        Args:
+            input_ids: As for `CompositeModel`.
+            attention_mask: As for `CompositeModel`.
+            position_ids: As for `CompositeModel`.
+            past_key_values: As for `CompositeModel`.
+            inputs_embeds: As for `CompositeModel`.
+            labels: (batch, tokens), the input ids themselves, -100 where no loss is wanted; shifted here.
+            use_cache: As for `CompositeModel`.
+            logits_to_keep: Only the last so many tokens' logits, or those at these indices; 0 for all.
+            kwargs: Passed on to the loss.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)

@@ -1,0 +1,135 @@
+"""Launching Triton kernels from plain PyTorch with little host time: shared by the operations, no public interface."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETING = bool(triton.knobs.runtime.interpret)
+"""Whether Triton's interpreter runs the kernels, on CPU tensors too. Triton itself decides when it is imported."""
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What the kernels read and write; they compute in fp32."""
+
+_KERNEL_DTYPES = frozenset(DTYPES)
+
+
+def runs_kernel(x: Tensor) -> bool:
+    """Whether a kernel computes on `x`; else (on a CPU, or in float64) the plain PyTorch formula does."""
+    return (x.is_cuda or INTERPRETING) and x.dtype in DTYPES
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """Streaming multiprocessors of a GPU; under the interpreter (-1) a few, so that work is shared out there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 3
+
+
+def as_rows(x: Tensor) -> tuple[Tensor, int]:
+    """A tensor that holds `x` (…, width) as rows of neighbouring elements, and how far apart these begin.
+
+    It is `x` itself or a view, unless no single stride leads from row to row or the elements of a row lie apart: then
+    it is a contiguous copy.
+    """
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    matrix = x.reshape(-1, x.shape[-1])
+    if matrix.stride(1) != 1:
+        matrix = matrix.contiguous()
+    return matrix, matrix.stride(0)
+
+
+def describe(value: object) -> str:
+    """A tensor's dtype, shape and device for an error message; anything else as itself."""
+    if isinstance(value, Tensor):
+        return f"{dtype_name(value.dtype)} {tuple(value.shape)} on {value.device}"
+    return repr(value)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name without the module: bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_dtypes(op: str, **dtypes: torch.dtype) -> None:
+    """Refuse element types that the operation does not compute with.
+
+    Raises:
+        TypeError: If an argument (named by its keyword) is neither bfloat16, float16, float32 nor, with all the others,
+            float64.
+    """
+    if _KERNEL_DTYPES.issuperset(dtypes.values()) or set(dtypes.values()) == {torch.float64}:
+        return
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            accepted = "bfloat16, float16 and float32, or float64 throughout"
+            raise TypeError(f"{op}: {name} is {dtype_name(dtype)}; accepted are {accepted}")
+
+
+class Kernel:
+    """A Triton kernel that remembers its compiled variants, which saves most of the host time of a launch.
+
+    Triton examines every argument of every launch. Here it does so once for each set of constants and dtypes, and
+    wherever a pointer is not aligned to 16 bytes, a stride is no multiple of 16 or an integer passes 2^31: these
+    decide the code too and are not remembered.
+    """
+
+    def __init__(self, function: Any) -> None:
+        """Wrap what `triton.jit` made.
+
+        Its parameters must be, in this order: pointers, strides, counts (named in `do_not_specialize`), floats,
+        constants.
+        """
+        self.function = function
+        self._variants: dict[tuple[object, ...], Any] = {}
+
+    def launch(
+        self,
+        programs: int,
+        tensors: tuple[Tensor | None, ...],
+        strides: tuple[int, ...],
+        counts: tuple[int, ...],
+        floats: tuple[float, ...],
+        constants: tuple[Any, ...],
+        options: tuple[tuple[str, Any], ...],
+    ) -> None:
+        """Launch on the device of the first tensor, on its current stream.
+
+        Args:
+            programs: Programs of the one-dimensional grid; with none nothing happens.
+            tensors: For the pointers; the first is never None.
+            strides: In elements.
+            counts: Integers whose values do not decide the code.
+            floats: Likewise.
+            constants: For the `tl.constexpr` parameters.
+            options: Triton's launch options (`num_warps`, …) by name.
+        """
+        if programs == 0:
+            return
+        device = tensors[0].get_device()  # type: ignore[union-attr]
+        if device >= 0 and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self.launch(programs, tensors, strides, counts, floats, constants, options)
+            return
+        pointers: list[int | None] = []
+        variant: list[object] = [device, constants, options]
+        low_bits = 0
+        for tensor in tensors:
+            pointer = None if tensor is None else tensor.data_ptr()
+            pointers.append(pointer)
+            variant.append(None if tensor is None else tensor.dtype)
+            low_bits |= pointer or 0
+        for stride in strides:
+            low_bits |= stride
+        regular = device >= 0 and low_bits % 16 == 0 and max((*strides, *counts)) < 2**31
+        compiled = self._variants.get(tuple(variant)) if regular else None
+        if compiled is not None:
+            compiled[(programs, 1, 1)](*pointers, *strides, *counts, *floats, *constants)
+            return
+        compiled = self.function[(programs,)](*tensors, *strides, *counts, *floats, *constants, **dict(options))
+        if regular:
+            self._variants[tuple(variant)] = compiled

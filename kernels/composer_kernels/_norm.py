@@ -1,0 +1,340 @@
+"""The kernels of `rms_norm` and `add_rms_norm`: RMSNorm of x or of x + residual, forward and backward.
+
+With w = weight, or 1 + weight, or 1, and means over the H elements of a row:
+
+    total = x + residual, or x          rstd = 1 / sqrt(mean(total²) + eps)          y = total · rstd · w
+
+    g = dy · w          dtotal' = dtotal + rstd · (g - total · rstd² · mean(g · total))
+    dweight = Σ over rows of dy · total · rstd
+
+The files of the two operations count the bytes. About 4 (forward) and 9 (backward) FLOPs an element: memory decides.
+
+A row stays in registers from its one read to its write; rows too wide for that are read a second time, from L2. The
+backward kernel is persistent: each of its P programs takes every P-th tile of rows, with the next one already on its
+way, and keeps its part of dweight in registers. A second kernel adds the P parts, always in the same order.
+
+Legend: ROWS rows of a tile; WIDTH = H; BLOCK the power of two of columns handled at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from composer_kernels._launch import Kernel, as_rows, multiprocessors
+
+
+@triton.jit
+def _load(pointers: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """The elements in fp32, 0 where masked."""
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _forward_kernel(
+    x_ptr: tl.tensor, residual_ptr: tl.tensor | None, weight_ptr: tl.tensor | None, y_ptr: tl.tensor,
+    total_ptr: tl.tensor, rstd_ptr: tl.tensor, x_stride: tl.tensor, residual_stride: tl.tensor, rows: tl.tensor,
+    eps: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write y = norm(x + residual) · w for a tile of rows; total = x + residual, as it is rounded when stored."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64))[:, None]
+    squares = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.static_range(0, WIDTH, BLOCK):
+        col = (start + tl.arange(0, BLOCK))[None, :]
+        mask = (row < rows) & (col < WIDTH)
+        x = _load(x_ptr + row * x_stride + col, mask)
+        if residual_ptr is not None:
+            total = (x + _load(residual_ptr + row * residual_stride + col, mask)).to(total_ptr.dtype.element_ty)
+            tl.store(total_ptr + row * WIDTH + col, total, mask=mask)
+            x = total.to(tl.float32)
+        if BLOCK >= WIDTH and weight_ptr is not None:
+            weight = _load(weight_ptr + col, col < WIDTH)  # before the reduction, which hides its latency
+        squares += x * x
+    rstd = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / WIDTH + eps)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    if BLOCK < WIDTH:
+        tl.debug_barrier()  # the totals stored above are read again below
+    for start in tl.static_range(0, WIDTH, BLOCK):
+        col = (start + tl.arange(0, BLOCK))[None, :]
+        mask = (row < rows) & (col < WIDTH)
+        if BLOCK < WIDTH:
+            if residual_ptr is not None:
+                x = _load(total_ptr + row * WIDTH + col, mask)
+            else:
+                x = _load(x_ptr + row * x_stride + col, mask)
+            if weight_ptr is not None:
+                weight = _load(weight_ptr + col, col < WIDTH)
+        y = x * rstd
+        if weight_ptr is not None:
+            y *= weight + ZERO_CENTERED
+        tl.store(y_ptr + row * WIDTH + col, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "programs"])
+def _backward_kernel(  # noqa: PLR0912, PLR0915 - two ways through one formula
+    dy_ptr: tl.tensor, dtotal_ptr: tl.tensor | None, x_ptr: tl.tensor, weight_ptr: tl.tensor | None,
+    rstd_ptr: tl.tensor, dx_ptr: tl.tensor, dx_copy_ptr: tl.tensor | None, partial_ptr: tl.tensor | None,
+    dy_stride: tl.tensor, dtotal_stride: tl.tensor, x_stride: tl.tensor, rows: tl.tensor, programs: tl.tensor,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+    PIN: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write dx (plus dtotal, twice where dx_copy asks) of every `programs`-th tile; this program's part of dweight."""
+    program = tl.program_id(0)
+    partial_row = partial_ptr
+    if partial_ptr is not None:
+        partial_row = partial_ptr + program.to(tl.int64) * WIDTH
+    dweight = tl.zeros([ROWS, BLOCK], tl.float32)
+    weight = tl.full([1, BLOCK], 1.0, tl.float32)
+    if weight_ptr is not None and PIN:
+        col = tl.arange(0, BLOCK)[None, :]
+        weight = _load(weight_ptr + col, col < WIDTH) + ZERO_CENTERED
+    if partial_ptr is not None and BLOCK < WIDTH:
+        for start in tl.static_range(0, WIDTH, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            tl.store(partial_row + cols, tl.zeros([BLOCK], tl.float32), mask=cols < WIDTH)
+    for tile in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES):
+        row = (tile * ROWS + tl.arange(0, ROWS).to(tl.int64))[:, None]
+        rstd = _load(rstd_ptr + row, row < rows)
+        products = tl.zeros([ROWS, BLOCK], tl.float32)
+        for start in tl.static_range(0, WIDTH, BLOCK):
+            col = (start + tl.arange(0, BLOCK))[None, :]
+            mask = (row < rows) & (col < WIDTH)
+            x = _load(x_ptr + row * x_stride + col, mask)
+            dy = _load(dy_ptr + row * dy_stride + col, mask)
+            if dtotal_ptr is not None and BLOCK >= WIDTH:
+                dtotal = _load(dtotal_ptr + row * dtotal_stride + col, mask)
+            if weight_ptr is not None and not PIN:
+                weight = _load(weight_ptr + col, col < WIDTH) + ZERO_CENTERED
+            products += dy * weight * x
+        pull = tl.sum(products, axis=1, keep_dims=True) / WIDTH * rstd * rstd
+        if BLOCK < WIDTH:
+            tl.debug_barrier()  # partial sums stored by the last round are read below
+        for start in tl.static_range(0, WIDTH, BLOCK):
+            col = (start + tl.arange(0, BLOCK))[None, :]
+            mask = (row < rows) & (col < WIDTH)
+            if BLOCK < WIDTH:
+                x = _load(x_ptr + row * x_stride + col, mask)
+                dy = _load(dy_ptr + row * dy_stride + col, mask)
+                if dtotal_ptr is not None:
+                    dtotal = _load(dtotal_ptr + row * dtotal_stride + col, mask)
+                if weight_ptr is not None:
+                    weight = _load(weight_ptr + col, col < WIDTH) + ZERO_CENTERED
+            dx = rstd * (dy * weight - x * pull)
+            if dtotal_ptr is not None:
+                dx += dtotal
+            tl.store(dx_ptr + row * WIDTH + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            if dx_copy_ptr is not None:
+                tl.store(dx_copy_ptr + row * WIDTH + col, dx.to(dx_copy_ptr.dtype.element_ty), mask=mask)
+            if partial_ptr is not None:
+                if BLOCK < WIDTH:
+                    cols = start + tl.arange(0, BLOCK)
+                    sums = _load(partial_row + cols, cols < WIDTH) + tl.sum(dy * x * rstd, axis=0)
+                    tl.store(partial_row + cols, sums, mask=cols < WIDTH)
+                else:
+                    dweight += dy * (x * rstd)
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    if partial_ptr is not None and BLOCK >= WIDTH:
+        cols = tl.arange(0, BLOCK)
+        tl.store(partial_row + cols, tl.sum(dweight, axis=0), mask=cols < WIDTH)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def _weight_grad_kernel(
+    partial_ptr: tl.tensor, dweight_ptr: tl.tensor, programs: tl.tensor,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ACCUMULATE: tl.constexpr, OVERLAP: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write to dweight (=, or += where ACCUMULATE) the sum of the programs' parts, for BLOCK columns."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    for start in range(0, programs, ROWS):
+        row = (start + tl.arange(0, ROWS))[:, None]
+        mask = (row < programs) & (cols < WIDTH)[None, :]
+        sums += _load(partial_ptr + row * WIDTH + cols[None, :], mask)
+    dweight = tl.sum(sums, axis=0)
+    if ACCUMULATE:
+        dweight += _load(dweight_ptr + cols, cols < WIDTH)
+    tl.store(dweight_ptr + cols, dweight.to(dweight_ptr.dtype.element_ty), mask=cols < WIDTH)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched.
+
+    Attributes:
+        block: Columns handled at a time, a power of two; below the width a row is read twice.
+        rows: Rows of a tile, a power of two.
+        warps: Warps of a program.
+        stages: Tiles in flight in the loop of a persistent program.
+        programs: Persistent programs a multiprocessor, for the backward kernel.
+        pin: Whether the backward kernel keeps a weight that fits a block in registers, or reads it for each tile.
+        overlap: Whether the second backward kernel is launched while the first one ends (compute capability 9.0 on).
+    """
+
+    block: int
+    rows: int
+    warps: int
+    stages: int = 1
+    programs: int = 1
+    pin: bool = True
+    overlap: bool = False
+
+    @functools.cached_property
+    def options(self) -> tuple[tuple[str, Any], ...]:
+        """As `Kernel.launch` takes them."""
+        return (("num_warps", self.warps),)
+
+
+@functools.cache
+def forward_launch(width: int) -> Launch:
+    """The forward kernel's launch for rows of that many elements: 16 elements a thread, whole rows up to 32768."""
+    block = triton.next_power_of_2(width) if width <= 32768 else 8192
+    rows = max(1, 2048 // block)
+    return Launch(block, rows, warps=min(32, max(4, rows * block // 512)))
+
+
+@functools.cache
+def backward_launch(width: int) -> Launch:
+    """The backward kernel's launch: tiles of 4096 elements or a row, of which two are in flight."""
+    if width > 16384:
+        return Launch(block=4096, rows=2, warps=16)
+    block = triton.next_power_of_2(width)
+    rows = max(1, 4096 // block)
+    warps = min(32, max(8, block // 512))
+    return Launch(block, rows, warps, stages=2, programs=2 if block <= 4096 else 1)
+
+
+_forward = Kernel(_forward_kernel)
+_backward = Kernel(_backward_kernel)
+_weight_grad = Kernel(_weight_grad_kernel)
+
+
+def launch_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    zero_centered: bool,
+    out_dtype: torch.dtype,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Run the forward kernel.
+
+    Args:
+        x: (…, H).
+        residual: Added to `x` first, if there is one, in its own type. Same shape.
+        weight: (H,) or None.
+        eps: Added to the mean square.
+        zero_centered: Whether to scale by 1 + weight.
+        out_dtype: Of y.
+        launch: Instead of the heuristic's.
+
+    Returns:
+        y (…, H) in `out_dtype`, x + residual in the residual's type or None, and rstd (R,) in fp32. Apart from these
+        nothing is allocated, unless `as_rows` must copy.
+    """
+    width = x.shape[-1]
+    launch = launch or forward_launch(width)
+    weight = None if weight is None else weight.contiguous()
+    y = x.new_empty(x.shape, dtype=out_dtype)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    total = None if residual is None else residual.new_empty(residual.shape)
+    x, x_stride = as_rows(x)
+    residual_stride = 0
+    if residual is not None:
+        residual, residual_stride = as_rows(residual)
+    rows = rstd.numel()
+    _forward.launch(
+        -(-rows // launch.rows),
+        (x, residual, weight, y, total, rstd),
+        (x_stride, residual_stride),
+        (rows,),
+        (eps,),
+        (width, launch.block, launch.rows, zero_centered),
+        launch.options,
+    )
+    return y, total, rstd
+
+
+def launch_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    zero_centered: bool,
+    needs_dweight: bool,
+    main_grad: Tensor | None,
+    copy_dtype: torch.dtype | None = None,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Run the backward kernels.
+
+    Args:
+        dy: Gradient of y, (…, H).
+        dtotal: Gradient of x where it was used outside the norm too, added to the norm's, or None.
+        x: What was normalised, (…, H).
+        weight: (H,) or None.
+        rstd: (R,) in fp32, from `launch_forward`.
+        zero_centered: Whether y was scaled by 1 + weight.
+        needs_dweight: Whether to compute the weight's gradient.
+        main_grad: (H,) in fp32; where given the weight's gradient is added to it instead of being returned.
+        copy_dtype: A second dtype in which to return dx.
+        launch: Instead of the heuristic's.
+
+    Returns:
+        dx in the type of x, dx in `copy_dtype` or None, and dweight in the weight's type or None. Besides these, fp32
+        partial sums (programs, H) are allocated where the weight's gradient is computed.
+    """
+    width, rows = x.shape[-1], rstd.numel()
+    launch = launch or backward_launch(width)
+    weight = None if weight is None else weight.contiguous()
+    dx = x.new_empty(x.shape)
+    dx_copy = None if copy_dtype is None else x.new_empty(x.shape, dtype=copy_dtype)
+    tiles = -(-rows // launch.rows)
+    # As few programs as finish in the same number of rounds: fewer partial sums.
+    rounds = -(-tiles // (multiprocessors(x.get_device()) * launch.programs))
+    programs = max(1, -(-tiles // max(1, rounds)))
+    partial = x.new_empty((programs, width), dtype=torch.float32) if needs_dweight else None
+    pin = launch.pin and launch.block >= width
+    dy, dy_stride = as_rows(dy)
+    x, x_stride = as_rows(x)
+    dtotal_stride = 0
+    if dtotal is not None:
+        dtotal, dtotal_stride = as_rows(dtotal)
+    _backward.launch(
+        programs,
+        (dy, dtotal, x, weight, rstd, dx, dx_copy, partial),
+        (dy_stride, dtotal_stride, x_stride),
+        (rows, programs),
+        (),
+        (width, launch.block, launch.rows, zero_centered, pin, launch.stages, launch.overlap),
+        launch.options,
+    )
+    if partial is None or weight is None:
+        return dx, dx_copy, None
+    dweight = weight.new_empty(width) if main_grad is None else main_grad
+    reduced_rows = min(512, triton.next_power_of_2(programs))
+    block = 8192 // reduced_rows  # one load of 8192 elements a program
+    _weight_grad.launch(
+        -(-width // block),
+        (partial, dweight),
+        (),
+        (programs,),
+        (),
+        (width, block, reduced_rows, main_grad is not None, launch.overlap),
+        _OVERLAPPED if launch.overlap else _ALONE,
+    )
+    return dx, dx_copy, dweight if main_grad is None else None
+
+
+_ALONE = (("num_warps", 8),)
+_OVERLAPPED = (("num_warps", 8), ("launch_pdl", True))

@@ -1,0 +1,276 @@
+"""Proposers: which sequence to try next.
+
+A proposal is a function of the seed, of the trials done and running, and of the new trial's number, so that a resumed
+search proposes what the uninterrupted one would have. No sequence is ever proposed twice, not even a failed one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from composer_megatron.errors import ComposerError, UsageError
+from composer_megatron.sequence import CompositeSequence
+from composer_search.study import Space, StudySettings, Trial
+
+if TYPE_CHECKING:
+    from ax.api.client import Client
+
+_SCORE = "score"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A sequence to try.
+
+    Attributes:
+        trial: The new trial's number.
+        sequence: The sequence.
+        proposer: Who chose it: ``sobol``, ``bayesian``, ``exhaustive`` or ``random``.
+        note: What went wrong where another proposer had to step in.
+        snapshot: The state that it was computed from, for the study's `ax.json`.
+    """
+
+    trial: int
+    sequence: CompositeSequence
+    proposer: str
+    note: str | None = None
+    snapshot: Mapping[str, Any] | None = None
+
+
+class Proposer(Protocol):
+    """Chooses sequences of a space."""
+
+    def propose(self, trials: Sequence[Trial], running: Sequence[Proposal], number: int) -> Proposal | None:
+        """Choose the sequence of trial `number`; None when no sequence is left.
+
+        Args:
+            trials: Those done, failed ones included, in any order.
+            running: Those proposed and not done.
+            number: The new trial's number.
+        """
+        ...
+
+    def snapshot(self, trials: Sequence[Trial]) -> Mapping[str, Any] | None:
+        """The state after `trials` as JSON values, if there is one worth keeping."""
+        ...
+
+
+def make_proposer(settings: StudySettings) -> Proposer:
+    """The proposer that the settings name.
+
+    Raises:
+        UsageError: If there is no such proposer, or it cannot do the task.
+        ComposerError: If a package that it needs is missing.
+    """
+    if settings.budget < 1:
+        raise UsageError(f"budget={settings.budget}; expected at least 1 trial")
+    if settings.proposer == "random":
+        return RandomProposer(settings.space, settings.seed)
+    if settings.proposer == "exhaustive":
+        if settings.budget < settings.space.size:
+            size = f"all {settings.space.size:,} sequences of {settings.space.length} blocks"
+            raise UsageError(f"budget={settings.budget} is too small for an exhaustive search of {size}; raise it")
+        return ExhaustiveProposer(settings.space, settings.seed)
+    if settings.proposer == "bayesian":
+        return BayesianProposer(settings.space, settings.seed, settings.initial)
+    raise UsageError(f"unknown proposer {settings.proposer!r}; expected bayesian, exhaustive or random")
+
+
+def propose_batch(
+    proposer: Proposer, trials: Sequence[Trial], running: Sequence[Proposal], numbers: Sequence[int]
+) -> list[Proposal]:
+    """Choose sequences for several trials at once, each in the knowledge of the others; fewer when none are left."""
+    batch: list[Proposal] = []
+    for number in numbers:
+        proposal = proposer.propose(trials, [*running, *batch], number)
+        if proposal is None:
+            break
+        batch.append(proposal)
+    return batch
+
+
+def _tried(trials: Sequence[Trial], running: Sequence[Proposal]) -> set[CompositeSequence]:
+    return {trial.sequence for trial in trials} | {proposal.sequence for proposal in running}
+
+
+@dataclass(frozen=True)
+class RandomProposer:
+    """Uniform over the sequences not tried yet."""
+
+    space: Space
+    seed: int
+
+    def propose(self, trials: Sequence[Trial], running: Sequence[Proposal], number: int) -> Proposal | None:
+        """Draw the rank among the untried, then skip the tried ones below it: uniform without a rejection."""
+        tried = sorted(map(self.space.rank, _tried(trials, running)))
+        if len(tried) >= self.space.size:
+            return None
+        rank = random.Random(f"{self.seed}/{number}").randrange(self.space.size - len(tried))
+        for other in tried:
+            rank += other <= rank
+        return Proposal(number, self.space.at(rank), "random")
+
+    def snapshot(self, trials: Sequence[Trial]) -> None:
+        """There is no state."""
+
+
+@dataclass(frozen=True)
+class ExhaustiveProposer:
+    """Every sequence once, in an order shuffled by the seed, so that a part of the search is a fair sample."""
+
+    space: Space
+    seed: int
+
+    def propose(self, trials: Sequence[Trial], running: Sequence[Proposal], number: int) -> Proposal | None:
+        """The first sequence of that order that has not been tried."""
+        order = random.Random(self.seed).sample(range(self.space.size), self.space.size)
+        tried = {self.space.rank(sequence) for sequence in _tried(trials, running)}
+        rank = next((rank for rank in order if rank not in tried), None)
+        return None if rank is None else Proposal(number, self.space.at(rank), "exhaustive")
+
+    def snapshot(self, trials: Sequence[Trial]) -> None:
+        """There is no state."""
+
+
+class BayesianProposer:
+    """Bayesian optimisation through Ax: scrambled Sobol points first, then a Gaussian process.
+
+    The process is BoTorch's `SingleTaskGP`: an RBF kernel with a length scale for each position (ARD) and a
+    dimension-scaled log-normal prior, noise inferred from the scores. The acquisition is log noisy expected improvement
+    (qLogNEI) with the running trials pending. A new Ax client is built from the trials each time and seeded by the
+    trial's number. Where Ax has no answer, as when the space is all but exhausted, a random untried sequence stands in
+    and the proposal's note says why.
+
+    Args:
+        space: What is searched.
+        seed: Of the Sobol sequence and of the acquisition's optimiser.
+        initial: Trials before the process takes over.
+
+    Raises:
+        UsageError: If `initial` is below 1.
+        ComposerError: If Ax is not installed.
+    """
+
+    def __init__(self, space: Space, seed: int, initial: int) -> None:
+        if initial < 1:
+            raise UsageError(f"initial={initial}; expected at least 1 trial before the Bayesian ones")
+        if importlib.util.find_spec("ax") is None:
+            raise ComposerError('a Bayesian search needs Ax: pip install "composer-megatron[search]"')
+        self.space, self.seed, self.initial = space, seed, initial
+
+    def propose(self, trials: Sequence[Trial], running: Sequence[Proposal], number: int) -> Proposal | None:
+        """Ask Ax, and a random proposer where Ax has no answer."""
+        fallback = RandomProposer(self.space, self.seed).propose(trials, running, number)
+        if fallback is None:
+            return None
+        tried = _tried(trials, running)
+        with _quiet_single_thread():
+            client = self._client(trials, running, number)
+            try:
+                sequence = self._ask(client)
+            except Exception as error:  # Ax, BoTorch and GPyTorch raise many kinds; a search of hours must go on
+                return Proposal(number, fallback.sequence, "random", f"Ax: {type(error).__name__}: {error}")
+            snapshot = client._to_json_snapshot()
+        if sequence in tried:
+            return Proposal(number, fallback.sequence, "random", f"Ax proposed {sequence} again")
+        by = "sobol" if len(trials) + len(running) < self.initial else "bayesian"
+        return Proposal(number, sequence, by, snapshot=snapshot)
+
+    def snapshot(self, trials: Sequence[Trial]) -> Mapping[str, Any]:
+        """The Ax client's snapshot after `trials`, as `ax.api.client.Client.load_from_json_file` reads it."""
+        with _quiet_single_thread():
+            snapshot: Mapping[str, Any] = self._client(trials, (), len(trials))._to_json_snapshot()
+        return snapshot
+
+    def _ask(self, client: Client) -> CompositeSequence:
+        (parameters,) = client.get_next_trials(max_trials=1).values()
+        return CompositeSequence("".join(str(parameters[name]) for name in self._positions))
+
+    @property
+    def _positions(self) -> list[str]:
+        return [f"block_{position}" for position in range(self.space.length)]
+
+    def _parameters(self, sequence: CompositeSequence) -> dict[str, str | int | float | bool]:
+        return dict(zip(self._positions, sequence, strict=True))
+
+    def _client(self, trials: Sequence[Trial], running: Sequence[Proposal], number: int) -> Client:
+        """An Ax client that knows the trials, in the order of their numbers whatever order they ended in."""
+        from ax.api.client import Client
+        from ax.api.configs import ChoiceParameterConfig
+
+        client = Client(random_seed=random.Random(f"{self.seed}/{number}").randrange(2**31))
+        choices = list(self.space.primitives)
+        parameters = [
+            ChoiceParameterConfig(name=name, values=choices, parameter_type="str", is_ordered=False)
+            for name in self._positions
+        ]
+        client.configure_experiment(name="composer-search", parameters=parameters)
+        client.configure_optimization(objective=_SCORE)
+        for trial in sorted(trials, key=lambda trial: trial.trial):
+            index = client.attach_trial(self._parameters(trial.sequence))
+            if trial.score is None:
+                client.mark_trial_abandoned(index)  # Ax proposes the points of trials marked as failed again
+            else:
+                client.complete_trial(index, raw_data={_SCORE: trial.score})
+        for proposal in running:
+            client.attach_trial(self._parameters(proposal.sequence))
+        client.set_generation_strategy(self._strategy(number))
+        return client
+
+    def _strategy(self, number: int) -> Any:
+        """Sobol from the trial's own place in the sequence, and the Gaussian process after `initial` trials."""
+        from ax.adapter.registry import Generators
+        from ax.generation_strategy.generation_node import GenerationNode
+        from ax.generation_strategy.generation_strategy import GenerationStrategy
+        from ax.generation_strategy.generator_spec import GeneratorSpec
+        from ax.generation_strategy.transition_criterion import MinTrials
+        from ax.generators.torch.botorch_modular.surrogate import SurrogateSpec
+        from ax.generators.torch.botorch_modular.utils import ModelConfig
+        from botorch.acquisition.logei import qLogNoisyExpectedImprovement
+        from botorch.models import MixedSingleTaskGP, SingleTaskGP
+
+        # The kernel is left to SingleTaskGP: naming RBFKernel here would build one without ARD and without the prior.
+        # Of two letters, 0 and 1 hold all there is; more have no order, which the mixed model's kernel respects.
+        model = SingleTaskGP if len(self.space.primitives) <= 2 else MixedSingleTaskGP
+        surrogate = SurrogateSpec(model_configs=[ModelConfig(botorch_model_class=model)])
+        process = {"surrogate_spec": surrogate, "botorch_acqf_class": qLogNoisyExpectedImprovement}
+        sobol = {"seed": self.seed, "init_position": number}
+        handover = MinTrials(threshold=self.initial, transition_to="bayesian", use_all_trials_in_exp=True)
+        nodes = [
+            GenerationNode(
+                name="sobol",
+                generator_specs=[GeneratorSpec(Generators.SOBOL, generator_kwargs=sobol)],
+                transition_criteria=[handover],
+                should_deduplicate=True,
+            ),
+            GenerationNode(
+                name="bayesian",
+                generator_specs=[GeneratorSpec(Generators.BOTORCH_MODULAR, generator_kwargs=process)],
+                should_deduplicate=True,
+            ),
+        ]
+        return GenerationStrategy(name="sobol-then-bayesian", nodes=nodes)
+
+
+@contextlib.contextmanager
+def _quiet_single_thread() -> Iterator[None]:
+    """One torch thread, since Ax is many times slower where threads compete for the cores, and no chatter of Ax."""
+    import torch
+
+    threads, disabled = torch.get_num_threads(), logging.root.manager.disable
+    torch.set_num_threads(1)
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        logging.disable(disabled)
