@@ -270,7 +270,7 @@ def eval_(run: Positional[Path], *, text: tuple[Path, ...], iteration: int | Non
 
     with load_run(run, iteration) as loaded:
         evaluation = evaluate_text(loaded, text)
-    evaluation.save(run)
+    evaluation.save(loaded.path)
     if json:
         print_json(vars(evaluation))
         return
@@ -320,7 +320,7 @@ def generate(
             top_p=top_p,
             seed=seed,
         )
-    write_samples(run / "samples.json", prompt, texts)
+    write_samples(loaded.path / "samples.json", prompt, texts)
     if json:
         print_json([{"prompt": start, "text": text} for start, text in zip(prompt, texts, strict=True)])
         return
@@ -370,6 +370,9 @@ def bench_training(
         output: The JSON file; by default runs/bench/DEVICE/training-SHAPE-SEQ_LEN.json.
         json: Print one JSON object for programs instead of text.
     """
+    from composer_megatron.quiet import hush_imports
+
+    hush_imports()
     from composer_megatron.bench import Workload, bench_training as measure, device_name  # noqa: I001
     from composer_search import extrapolate as rules
 

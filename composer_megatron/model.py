@@ -79,6 +79,8 @@ def build_model(
             rotary_base=shape.rope_theta,
         )
     if not meta:
+        if cpu.has_gpu():
+            model.cuda()  # Megatron makes its matrices there; the norms are made on the CPU
         initialize_weights(model, seed)
     return model
 

@@ -30,6 +30,7 @@ from composer_megatron.errors import ComposerError, FileError, UsageError
 from composer_megatron.files import naming, write_text
 from composer_megatron.metrics import MetricsLog, tee
 from composer_megatron.pipeline import Layout, cut_sequence, plan
+from composer_megatron.quiet import hush_imports
 from composer_megatron.text_folder import TextInfo, load_text_folder
 
 if TYPE_CHECKING:
@@ -156,11 +157,9 @@ def _prepare_process() -> None:
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
-    # At import Megatron says what TransformerEngine and Apex would add, and PyTorch that there is no GPU.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
+    hush_imports()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled")  # a checkpoint's small part is read so
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _check_run_dir(run_dir: Path, architecture: Architecture, text: TextInfo | None) -> None:

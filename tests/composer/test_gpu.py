@@ -1,0 +1,99 @@
+"""What only a GPU can show: models live there whole, agree with the CPU, decode there; two GPUs agree with one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from composer_megatron.architecture import Architecture
+from composer_megatron.sequence import CompositeSequence
+from composer_megatron.shape import PRESETS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+ARCHITECTURE = Architecture(CompositeSequence.parse("2A4M1A"), PRESETS["tiny"])
+
+
+def test_the_whole_model_is_on_the_gpu_and_agrees_with_the_cpu(tmp_path: Path) -> None:
+    """In fp32; the CPU's logits come from a process that sees no GPU."""
+    from composer_megatron.model import build_model
+
+    model = build_model(ARCHITECTURE, max_sequence_length=32).eval()
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    program = """
+import sys, torch
+from composer_megatron.architecture import Architecture
+from composer_megatron.model import build_model
+from composer_megatron.sequence import CompositeSequence
+from composer_megatron.shape import PRESETS
+model = build_model(Architecture(CompositeSequence.parse("2A4M1A"), PRESETS["tiny"]), max_sequence_length=32).eval()
+model.load_state_dict(torch.load(sys.argv[1], map_location="cpu"))
+tokens = torch.arange(64).view(2, 32)
+torch.save(model(tokens, torch.arange(32).expand(2, -1), None), sys.argv[1])
+"""
+    path = tmp_path / "weights.pt"
+    torch.save({name: value.cpu() for name, value in model.state_dict().items() if torch.is_tensor(value)}, path)
+    subprocess.run(
+        [sys.executable, "-c", program, str(path)], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=True
+    )
+    tokens = torch.arange(64, device="cuda").view(2, 32)
+    with torch.no_grad():
+        logits = model(tokens, torch.arange(32, device="cuda").expand(2, -1), None)
+    # fp32 on both sides, different summation orders: a few units in the last place of logits of about 1.
+    torch.testing.assert_close(logits.cpu(), torch.load(path), atol=2e-5, rtol=2e-5)
+
+
+def test_greedy_decoding_with_the_cache_equals_the_full_pass() -> None:
+    from composer_megatron.generate import generate_tokens
+    from composer_megatron.model import build_model
+
+    model = build_model(ARCHITECTURE, max_sequence_length=48).eval()
+    prompt = list(range(5, 17))
+    found = generate_tokens(model, prompt, max_new_tokens=24)
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(24):
+            batch = torch.tensor([tokens], device="cuda")
+            logits = model(batch, torch.arange(len(tokens), device="cuda")[None], None)
+            tokens.append(int(logits[0, -1].argmax()))
+    assert found == tokens[len(prompt) :]
+
+
+def test_throughput_measurement_runs() -> None:
+    from composer_megatron.bench import Workload, bench_training, device_name
+
+    result = bench_training(ARCHITECTURE, Workload(seq_len=32, batch=2, warmup=1, steps=2))
+    assert result["dtype"] == "bfloat16"
+    assert result["models"]["composite"]["tokens_per_second"] > 0
+    assert device_name() != "cpu"
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize("layout", [("--pp", "2"), ("--tp", "2"), ()], ids=["PP2", "TP2+SP", "DP2"])
+def test_two_gpus_give_the_losses_of_one(layout: tuple[str, ...], tmp_path: Path) -> None:
+    """Five steps in fp32 through the program itself, NCCL between the two."""
+    alone, together = losses(tmp_path, "one", "1", ()), losses(tmp_path, "two", "2", layout)
+    # TF32 is off; the summation orders of NCCL and of split GEMMs differ.
+    assert together == pytest.approx(alone, rel=1e-5)
+    assert len(alone) == 5
+
+
+def losses(folder: Path, name: str, processes: str, layout: tuple[str, ...]) -> list[float]:
+    architecture, text = folder / "architecture.json", folder / "text"
+    ARCHITECTURE.save(architecture)
+    tools = Path(__file__).parents[2] / "tools" / "preprocess_text.py"
+    words = ["--output", str(text), "--vocab-size", "512", "--max-bytes", "500000"]
+    subprocess.run([sys.executable, str(tools), *words], check=True)
+    numbers = ["--steps", "5", "--seq-len", "64", "--micro-batch-size", "2", "--global-batch-size", "8"]
+    places = ["--architecture", str(architecture), "--text", str(text), "--run-dir", str(folder / name)]
+    program = [sys.executable, "-m", "composer_megatron", "train", *places, *numbers, "--processes", processes]
+    subprocess.run([*program, *layout, "--", "--fp32"], check=True)
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    return [line["value"] for line in lines if line["name"] == "lm loss"]
