@@ -1,7 +1,7 @@
 """Which documents are trained on and which are held out, decided by the hash of each document's content alone.
 
-So a document stays on its side whatever else is added, removed or renamed, and copies of one document never end up on
-both sides.
+So copies of one document never end up on both sides, and a document stays on its side whatever is renamed, added or
+removed, but for corpora of a few documents, where the held-out side has to be filled up.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ class Corpus:
     ) -> Corpus:
         """Read every document once, choose at most `max_bytes` of them and split those.
 
-        A document is held out when its hash under `seed` falls into the lowest `valid_fraction`. Should that leave a
-        side empty, the document nearest to it in hash goes there; one document alone is cut in two. `max_bytes` takes
-        documents in the order of a second hash, passing over those that no longer fit.
+        A document is held out when its hash under `seed` falls into the lowest `valid_fraction`. Should those have
+        less than half that fraction of the bytes, the next ones in hash follow until they have; the last one always
+        stays for training, and one document alone is cut in two. `max_bytes` takes documents in the order of a second
+        hash, passing over those that no longer fit.
 
         Raises:
             FileError: If a file is bad, there is no text, or all documents are copies of one.
@@ -81,7 +82,7 @@ class Corpus:
             raise FileError(f"no text: {len(files)} file{'s' * (len(files) != 1)} with no document that is not empty")
         lengths, places = np.array(sizes), np.array(order)
         kept = _choose(lengths, places, max_bytes)
-        splits = _split(np.array(hashes), kept, valid_fraction)
+        splits = _split(np.array(hashes), lengths, kept, valid_fraction)
         return cls(tuple(files), field, valid_fraction, lengths, splits, places)
 
     @property
@@ -147,13 +148,16 @@ def _choose(sizes: np.ndarray, order: np.ndarray, max_bytes: int | None) -> np.n
     return kept
 
 
-def _split(hashes: np.ndarray, kept: np.ndarray, valid_fraction: float) -> np.ndarray:
+def _split(hashes: np.ndarray, sizes: np.ndarray, kept: np.ndarray, valid_fraction: float) -> np.ndarray:
     """`Corpus.splits` of all documents, from their hashes, uint64 [documents]."""
     chosen = hashes[kept]
-    lowest, highest = chosen.min(), chosen.max()
+    ranked = np.argsort(chosen)
+    lowest, highest = chosen[ranked[0]], chosen[ranked[-1]]
     if len(chosen) > 1 and lowest == highest:
         raise FileError(f"all {len(chosen)} documents are the same text, so that none can be held out; give other text")
-    below = (chosen < np.uint64(int(valid_fraction * 2**64))) | (chosen == lowest)
+    bytes_up_to = np.cumsum(sizes[kept][ranked])
+    enough = chosen[ranked[np.searchsorted(bytes_up_to, valid_fraction / 2 * bytes_up_to[-1])]]
+    below = (chosen < np.uint64(int(valid_fraction * 2**64))) | (chosen <= enough)
     held_out = below & (chosen != highest)  # one alone is for training, until it is cut in two
     splits = np.full(len(hashes), _LEFT_OUT, dtype=np.int8)
     splits[kept] = np.where(held_out, SPLITS.index(VALID), SPLITS.index(TRAIN))

@@ -1,7 +1,4 @@
-"""Evaluators: what a sequence is worth. MAD trains tiny models of it on synthetic tasks.
-
-The search needs an object with `evaluate` and `describe`, no more (`Evaluator`).
-"""
+"""The MAD evaluator: what a sequence is worth is what tiny models of it learn on synthetic tasks."""
 
 from __future__ import annotations
 
@@ -12,49 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from composer_megatron.errors import UsageError
 from composer_megatron.sequence import CompositeSequence
 from composer_search.candidate import Widths
+from composer_search.evaluation import Evaluation, Evaluator
 from composer_search.mad import Setting, baseline
 from composer_search.mad.tasks import find_task
 from composer_search.trainer import TaskData, TrainResult, TrainSettings, train
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluator found out about one sequence.
-
-    Attributes:
-        score: What the search maximises: mean task accuracy on validation data, mean over seeds.
-        spread: Standard deviation of `seed_scores`; 0 for one seed.
-        seed_scores: The score of each seed.
-        tasks: Each task's validation accuracy, mean over seeds.
-        test_score: The same as `score` on data that nothing was chosen by; None where there are none.
-        details: More, as JSON values, for the log.
-    """
-
-    score: float
-    spread: float = 0.0
-    seed_scores: tuple[float, ...] = ()
-    tasks: Mapping[str, float] = field(default_factory=dict)
-    test_score: float | None = None
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Evaluator(Protocol):
-    """Scores sequences. It is pickled and sent to worker processes."""
-
-    def evaluate(self, sequence: CompositeSequence) -> Evaluation:
-        """Score one sequence; higher is better."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Everything that the scores depend on, as JSON values; ``name`` first. Kept in the study."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +77,7 @@ class MadSettings:
         return dataclasses.replace(self.train, **own)
 
 
-class MadEvaluator:
+class MadEvaluator(Evaluator):
     """Mean accuracy over MAD tasks of tiny models of the sequence (arXiv 2403.17844; as proxy: arXiv 2510.00379).
 
     The learning rate is chosen for each task from the grid with the first seed; further seeds are trained at that rate.

@@ -234,12 +234,11 @@ class BayesianProposer:
         from ax.generators.torch.botorch_modular.surrogate import SurrogateSpec
         from ax.generators.torch.botorch_modular.utils import ModelConfig
         from botorch.acquisition.logei import qLogNoisyExpectedImprovement
-        from botorch.models import MixedSingleTaskGP, SingleTaskGP
+        from botorch.models import SingleTaskGP
 
         # The kernel is left to SingleTaskGP: naming RBFKernel here would build one without ARD and without the prior.
-        # Of two letters, 0 and 1 hold all there is; more have no order, which the mixed model's kernel respects.
-        model = SingleTaskGP if len(self.space.primitives) <= 2 else MixedSingleTaskGP
-        surrogate = SurrogateSpec(model_configs=[ModelConfig(botorch_model_class=model)])
+        # Ax turns two letters into 0 and 1, and more into one-hot vectors, which puts none between two others.
+        surrogate = SurrogateSpec(model_configs=[ModelConfig(botorch_model_class=SingleTaskGP)])
         process = {"surrogate_spec": surrogate, "botorch_acqf_class": qLogNoisyExpectedImprovement}
         sobol = {"seed": self.seed, "init_position": number}
         handover = MinTrials(threshold=self.initial, transition_to="bayesian", use_all_trials_in_exp=True)

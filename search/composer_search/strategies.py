@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from composer_megatron.errors import ComposerError, UsageError
+from composer_search.evaluation import Evaluator
 from composer_search.proposers import Proposal, Proposer, make_proposer, propose_batch
 from composer_search.study import Space, Study, StudySettings, Trial, now
 from composer_search.workers import Outcome, Pool, worker_pool
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from composer_search.evaluators import Evaluator
 
 Progress = Callable[[Study, Sequence[Proposal]], None]
 """Called with the study and the running trials whenever either has changed."""
@@ -35,7 +34,7 @@ class SearchSettings:
         primitives: Letters to choose from.
         proposer: Who chooses. Where the budget covers the whole space, the search is exhaustive whatever is asked for.
         budget: Trials in all.
-        initial: Quasi-random trials before the Bayesian ones; None for one a block, at least 5, at most half of all.
+        initial: Quasi-random trials before the Bayesian ones; None for one a block, but at least 5.
         seed: Of the proposals, the data and the weights.
         evaluator: The MAD preset: ``smoke``, ``demo`` or ``baseline``.
         overrides: Settings of the preset to change, by name (`composer_search.evaluators.preset`).
@@ -55,11 +54,10 @@ class SearchSettings:
     def study_settings(self, evaluator: Evaluator) -> StudySettings:
         """The settings in full, as a study keeps them."""
         space = Space(self.primitives, self.length)
-        half = max(1, self.budget // 2)
         return StudySettings(
             space=space,
             proposer="exhaustive" if space.size <= self.budget else self.proposer,
-            initial=min(max(5, self.length), half) if self.initial is None else self.initial,
+            initial=max(5, self.length) if self.initial is None else self.initial,
             seed=self.seed,
             budget=self.budget,
             evaluator=evaluator.describe(),
@@ -158,7 +156,7 @@ def _trial(proposal: Proposal, outcome: Outcome) -> Trial:
         "trial": proposal.trial,
         "sequence": proposal.sequence,
         "proposer": proposal.proposer,
-        "seconds": outcome.seconds,
+        "seconds": round(outcome.seconds, 3),
         "finished": now(),
     }
     note = {"proposer_note": proposal.note} if proposal.note else {}

@@ -163,7 +163,7 @@ class Trial:
             values |= {"seed_scores": list(self.seed_scores), "tasks": dict(self.tasks), "test_score": self.test_score}
         else:
             values |= {"status": "failed", "error": self.error}
-        values |= {"proposer": self.proposer, "seconds": round(self.seconds, 3), "finished": self.finished}
+        values |= {"proposer": self.proposer, "seconds": self.seconds, "finished": self.finished}
         return values | {"details": dict(self.details)}
 
     @classmethod

@@ -17,14 +17,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from composer_megatron.errors import ComposerError
 from composer_megatron.sequence import CompositeSequence
+from composer_search.evaluation import Evaluation, Evaluator
 from composer_search.proposers import Proposal
-
-if TYPE_CHECKING:
-    from composer_search.evaluators import Evaluation, Evaluator
 
 _READY = "ready"
 

@@ -72,6 +72,17 @@ def test_both_sides_have_something_and_copies_stay_together(
     assert [text for _, text in corpus.documents()] == [f"text {number}" for number in numbers]
 
 
+@pytest.mark.parametrize("count", [2, 3, 10, 300])
+@pytest.mark.parametrize("fraction", [0.05, 0.5])
+def test_the_held_out_side_has_half_its_fraction_of_the_bytes(tmp_path: Path, count: int, fraction: float) -> None:
+    for seed in range(10):
+        texts = [f"{number} " + "x" * (2000 if number % 3 else 0) for number in range(count)]
+        found = sides(scan(write(tmp_path / "a.jsonl", texts), valid_fraction=fraction, seed=seed))
+        held_out, training = (sum(map(len, found[split])) for split in ("valid", "train"))
+        assert held_out >= fraction / 2 * (held_out + training) or len(found["train"]) == 1
+        assert len(found["valid"]) < 0.2 * count + 4 or fraction == 0.5  # and not much more than that
+
+
 @given(text=st.text(alphabet="ab \n", min_size=2, max_size=60), fraction=st.floats(0.01, 0.99))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_one_document_is_cut_in_two(tmp_path: Path, text: str, fraction: float) -> None:

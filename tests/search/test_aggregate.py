@@ -80,7 +80,12 @@ def test_a_worked_example():
     result = aggregate([CompositeSequence(text) for text in texts], list(texts.values()), clusters=2)
     assert result.sequence.letters == "AMMM"
     assert [member.letters for member in result.members] == ["MMAM", "AMMA", "AAMM"]
-    assert [vote.counts for vote in result.votes] == [{"A": 2, "M": 1}, {"A": 1, "M": 2}, {"A": 1, "M": 2}, {"A": 1, "M": 2}]
+    assert [vote.counts for vote in result.votes] == [
+        {"A": 2, "M": 1},
+        {"A": 1, "M": 2},
+        {"A": 1, "M": 2},
+        {"A": 1, "M": 2},
+    ]
     after_one = aggregate([CompositeSequence(text) for text in texts], list(texts.values()), context=1, clusters=2)
     # A leads by 2 to 1; after A it is one to one, and AMMA has the better score
     assert [vote.decision for vote in after_one.votes[:2]] == ["vote", "tie"]

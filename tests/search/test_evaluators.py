@@ -92,7 +92,9 @@ def test_data_come_from_the_cache(tmp_path):
 def test_no_validation_sequence_is_trained_or_tested_on():
     evaluator = MadEvaluator(preset("demo", tasks="in-context-recall"))
     data = evaluator._task_data(evaluator.settings.tasks[0])
-    train, validation, test = ({row.tobytes() for row in split[0]} for split in (data.train, data.validation, data.test))
+    train, validation, test = (
+        {row.tobytes() for row in split[0]} for split in (data.train, data.validation, data.test)
+    )
     assert not validation & train
     assert not validation & test
     assert not test & train

@@ -20,7 +20,11 @@ SETTINGS = StudySettings(
     initial=3,
     seed=0,
     budget=5,
-    evaluator={"name": "toy", "tasks": [{"task": "one", "steps": 20}, {"task": "two", "steps": 30}], "rates": [0.1, 0.2]},
+    evaluator={
+        "name": "toy",
+        "tasks": [{"task": "one", "steps": 20}, {"task": "two", "steps": 30}],
+        "rates": [0.1, 0.2],
+    },
 )
 
 
@@ -110,16 +114,10 @@ def test_of_equal_scores_the_earliest_trial_is_the_best(tmp_path):
         assert study.best.trial == 1
 
 
-@pytest.mark.parametrize("torn", [b'{"trial": 3, "seq', b'{"trial": 3}', b"\x00\x00", b'{"a": 1}{'])
+@pytest.mark.parametrize("torn", [b'{"trial": 3, "seq', b"\x00\x00", b'{"a": 1}{', b"12"])
 def test_a_torn_last_line_is_left_out_and_repaired(folder, torn):
     log = folder / "trials.jsonl"
     whole = log.read_bytes()
-    torn_is_json = torn == b'{"trial": 3}'
-    if torn_is_json:  # whole JSON without its fields was not torn: someone wrote it
-        log.write_bytes(whole + torn)
-        with pytest.raises(FileError, match=r"trials.jsonl, line 4: status is None"):
-            Study.load(folder)
-        return
     log.write_bytes(whole + torn)
     assert len(Study.load(folder).trials) == 3
     assert log.read_bytes() == whole + torn  # looking changes nothing
@@ -145,9 +143,15 @@ def test_a_log_cut_anywhere_keeps_the_whole_lines(folder, cut):
         ({"proposer": "bayesian"}, r"proposer.name is 'random' there and 'bayesian' now"),
         ({"space": Space("AM", 5)}, r"space.length is 4 there and 5 now"),
         ({"budget": 4}, r"budget is 5 there and 4 now"),
-        ({"evaluator": {**SETTINGS.evaluator, "rates": [0.1]}}, r"evaluator.rates is \[0.1, 0.2\] there and \[0.1\] now"),
+        (
+            {"evaluator": {**SETTINGS.evaluator, "rates": [0.1]}},
+            r"evaluator.rates is \[0.1, 0.2\] there and \[0.1\] now",
+        ),
         ({"evaluator": {**SETTINGS.evaluator, "extra": 1}}, r"evaluator.extra is None there and 1 now"),
-        ({"evaluator": {**SETTINGS.evaluator, "tasks": [{"task": "one", "steps": 21}]}}, r"evaluator.tasks.0.steps is 20"),
+        (
+            {"evaluator": {**SETTINGS.evaluator, "tasks": [{"task": "one", "steps": 21}]}},
+            r"evaluator.tasks.0.steps is 20",
+        ),
         ({"budget": 6, "seed": 1}, r"proposer.seed is 0 there"),
     ],
 )
@@ -269,7 +273,10 @@ def edit_head(folder, **changes):
             lambda path: write(path, "trials.jsonl", json.dumps(trial(0, "AAM").as_dict()) + "\n"),
             "line 1: 2A1M is not of 4 blocks of AM",
         ),
-        (lambda path: write(path, "trials.jsonl", 2 * (json.dumps(trial(0).as_dict()) + "\n")), "line 2: trial 0 is there twice"),
+        (
+            lambda path: write(path, "trials.jsonl", 2 * (json.dumps(trial(0).as_dict()) + "\n")),
+            "line 2: trial 0 is there twice",
+        ),
     ],
 )
 def test_a_damaged_study_is_an_error_that_names_the_place(folder, damage, message):

@@ -1,0 +1,42 @@
+"""What an evaluator is, and what it says about a sequence. An evaluator of your own needs this module alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from composer_megatron.sequence import CompositeSequence
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluator found out about one sequence.
+
+    Attributes:
+        score: What the search maximises: mean task accuracy on validation data, mean over seeds.
+        spread: Standard deviation of `seed_scores`; 0 for one seed.
+        seed_scores: The score of each seed.
+        tasks: Each task's validation accuracy, mean over seeds.
+        test_score: The same as `score` on data that nothing was chosen by; None where there are none.
+        details: More, as JSON values, for the log.
+    """
+
+    score: float
+    spread: float = 0.0
+    seed_scores: tuple[float, ...] = ()
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    test_score: float | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Evaluator(Protocol):
+    """Scores sequences. It is pickled and sent to worker processes."""
+
+    def evaluate(self, sequence: CompositeSequence) -> Evaluation:
+        """Score one sequence; higher is better."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that the scores depend on, as JSON values; ``name`` first. Kept in the study."""
+        ...

@@ -1,0 +1,261 @@
+"""Proposers: pure functions of seed, trials and number, that never repeat themselves; and Ax with its known traps."""
+
+import importlib.util
+import itertools
+import json
+import random
+import statistics
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from composer_megatron import sequence as sequence_module
+from composer_megatron.errors import ComposerError, UsageError
+from composer_megatron.primitives import PRIMITIVES
+from composer_megatron.sequence import CompositeSequence
+from composer_search import proposers
+from composer_search import study as study_module
+from composer_search.proposers import (
+    BayesianProposer,
+    ExhaustiveProposer,
+    Proposal,
+    RandomProposer,
+    make_proposer,
+    propose_batch,
+)
+from composer_search.study import Space, StudySettings, Trial
+
+TARGET = "AAMMAMMM"
+
+
+def toy(sequence):
+    """Near-additive with a bonus for right neighbours; the optimum is the beginning of TARGET, at 1."""
+    hits = [letter == wanted for letter, wanted in zip(sequence, TARGET, strict=False)]
+    weights = [1.5 - position / len(hits) for position in range(len(hits))]
+    pairs = [first and second for first, second in itertools.pairwise(hits)]
+    additive = sum(weight * hit for weight, hit in zip(weights, hits, strict=True)) / sum(weights)
+    return 0.8 * additive + 0.2 * sum(pairs) / len(pairs)
+
+
+def trial(proposal, score):
+    error = "failed" if score is None else None
+    common = {"trial": proposal.trial, "sequence": proposal.sequence, "proposer": proposal.proposer}
+    return Trial(**common, seconds=1.0, finished="", score=score, error=error)
+
+
+def run(proposer, budget, objective=toy):
+    trials = []
+    for number in range(budget):
+        proposal = proposer.propose(trials, [], number)
+        if proposal is None:
+            break
+        trials.append(trial(proposal, objective(proposal.sequence)))
+    return trials
+
+
+@pytest.mark.parametrize("kind", [RandomProposer, ExhaustiveProposer])
+def test_every_sequence_comes_once_and_then_none(kind):
+    trials = run(kind(Space("AM", 5), 3), 40)
+    assert Counter(each.sequence for each in trials) == Counter(Space("AM", 5).at(rank) for rank in range(32))
+
+
+@pytest.mark.parametrize("kind", [RandomProposer, ExhaustiveProposer])
+def test_the_seed_decides_and_nothing_else(kind):
+    first, same, other = (run(kind(Space("AM", 8), seed), 20) for seed in (0, 0, 1))
+    assert first == same
+    assert first != other
+
+
+@settings(max_examples=40, deadline=None)
+@given(tried=st.sets(st.integers(0, 7), max_size=7), running=st.sets(st.integers(0, 7), max_size=3))
+def test_random_proposals_reach_exactly_the_untried(tried, running):
+    space = Space("AM", 3)
+    trials = [trial(Proposal(number, space.at(rank), "random"), 0.5) for number, rank in enumerate(tried)]
+    pending = [Proposal(10 + rank, space.at(rank), "random") for rank in running]
+    found = {RandomProposer(space, seed).propose(trials, pending, 20) for seed in range(150)}
+    ranks = {space.rank(proposal.sequence) for proposal in found if proposal}
+    # a sequence of at most 8 is missed by 150 draws with probability (7/8)^150 = 2e-9
+    assert ranks == set(range(8)) - tried - running
+
+
+def test_random_proposals_are_uniform():
+    space = Space("AM", 3)
+    trials = [trial(Proposal(0, space.at(2), "random"), 0.5), trial(Proposal(1, space.at(5), "random"), None)]
+    counts = Counter(RandomProposer(space, seed).propose(trials, [], 2).sequence for seed in range(3000))
+    assert len(counts) == 6
+    assert all(abs(count - 500) < 100 for count in counts.values())  # five standard deviations
+
+
+def test_random_search_works_in_spaces_beyond_64_bits():
+    trials = run(RandomProposer(Space("AM", 100), 0), 5, objective=lambda sequence: 0.0)
+    assert len({each.sequence for each in trials}) == 5
+
+
+def test_bayesian_search_covers_a_space_without_repeating_itself():
+    """Traps: Ax raises when a space is exhausted, proposes failed points again, and must not stumble over ties."""
+    space, failing = Space("AM", 3), {"AMM", "MMM"}
+
+    def objective(sequence):
+        return None if sequence.letters in failing else round(toy(sequence), 1)
+
+    trials = run(BayesianProposer(space, seed=0, initial=3), 12, objective)
+    assert Counter(each.sequence for each in trials) == Counter(space.at(rank) for rank in range(8))
+    by = [each.proposer for each in trials]
+    assert by[:3] == ["sobol"] * 3
+    assert by[3:7] == ["bayesian"] * 4
+
+
+def test_a_proposal_depends_on_the_trials_and_not_on_their_order_or_the_past():
+    space = Space("AM", 6)
+    trials = run(BayesianProposer(space, seed=1, initial=4), 7)
+    running = [
+        Proposal(7, next(space.at(r) for r in range(64) if space.at(r) not in {t.sequence for t in trials}), "x")
+    ]
+    torch.manual_seed(0)
+    expected = BayesianProposer(space, 1, 4).propose(trials, running, 8)
+    torch.manual_seed(99)
+    shuffled = random.Random(0).sample(trials, len(trials))
+    again = BayesianProposer(space, 1, 4).propose(shuffled, running, 8)
+    assert (again.sequence, again.proposer) == (expected.sequence, expected.proposer)
+    assert expected.proposer == "bayesian"
+
+
+def test_a_batch_holds_different_sequences_and_none_that_runs():
+    proposer = BayesianProposer(Space("AM", 3), seed=0, initial=2)
+    trials = run(proposer, 3)
+    running = propose_batch(proposer, trials, [], [3, 4])
+    batch = propose_batch(proposer, trials, running, [5, 6])
+    assert [proposal.trial for proposal in batch] == [5, 6]
+    assert len({each.sequence for each in [*trials, *running, *batch]}) == 7
+    assert len(propose_batch(proposer, trials, [*running, *batch], range(7, 20))) == 1
+
+
+def test_bayesian_search_finds_the_optimum_sooner_than_random_search():
+    """Of 128 sequences, random search has seen the best by trial 64 half of the time."""
+    space = Space("AM", 7)
+
+    def trials_needed(proposer, budget):
+        trials = []
+        while len(trials) < budget and not (trials and trials[-1].sequence.letters == TARGET[:7]):
+            proposal = proposer.propose(trials, [], len(trials))
+            trials.append(trial(proposal, toy(proposal.sequence)))
+        return len(trials)
+
+    bayesian = statistics.median(trials_needed(BayesianProposer(space, seed, 6), 20) for seed in range(3))
+    by_chance = statistics.median(trials_needed(RandomProposer(space, seed), 128) for seed in range(21))
+    assert bayesian < 20 < by_chance
+
+
+def test_the_kernel_has_a_length_scale_for_each_block():
+    """Trap: naming RBFKernel as the kernel's class gives Ax an isotropic one, without a prior."""
+    space = Space("AM", 5)
+    proposer = BayesianProposer(space, 0, 3)
+    trials = run(proposer, 6)
+    with proposers._quiet_single_thread():
+        client = proposer._client(trials, [], 6)
+        client.get_next_trials(max_trials=1)
+    model = client._generation_strategy.adapter.generator.surrogate.model
+    assert type(model).__name__ == "SingleTaskGP"
+    assert type(model.covar_module).__name__ == "RBFKernel"
+    assert model.covar_module.lengthscale.shape == (1, 5)
+    assert model.covar_module.lengthscale_prior is not None
+    assert model.train_inputs[0].shape == (6, 5)
+    assert type(model.likelihood).__name__ == "GaussianLikelihood"  # noise is inferred
+
+
+def test_three_primitives_are_not_put_on_a_line(monkeypatch):
+    """Of 0, 1 and 2 an RBF kernel would hold the outer two further apart than either is from the middle one."""
+    rows = {**PRIMITIVES, "W": PRIMITIVES["A"]}
+    for module in (sequence_module, study_module):
+        monkeypatch.setattr(module, "PRIMITIVES", rows)
+    proposer = BayesianProposer(Space("AMW", 3), 0, 4)
+    trials = run(proposer, 6, objective=lambda sequence: sequence.count("W") / 3)
+    assert [each.proposer for each in trials[4:]] == ["bayesian"] * 2
+    with proposers._quiet_single_thread():
+        client = proposer._client(trials, [], 6)
+        client.get_next_trials(max_trials=1)
+    model = client._generation_strategy.adapter.generator.surrogate.model
+    encoded = model.train_inputs[0].reshape(6, 3, 3)
+    assert encoded.sum(-1).eq(1).all()  # one-hot
+    assert encoded[:, :, 2].sum() == sum(each.sequence.count("W") for each in trials)
+
+
+def test_torch_has_one_thread_while_proposing_and_its_own_after(monkeypatch):
+    seen = []
+    monkeypatch.setattr(BayesianProposer, "_ask", lambda self, client: seen.append(torch.get_num_threads()) or 1 / 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        BayesianProposer(Space("AM", 4), 0, 2).propose([], [], 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1]
+
+
+def test_where_ax_fails_a_random_sequence_stands_in(monkeypatch):
+    def broken(self, client):
+        raise RuntimeError("not positive definite")
+
+    monkeypatch.setattr(BayesianProposer, "_ask", broken)
+    space = Space("AM", 4)
+    proposal = BayesianProposer(space, 0, 2).propose([], [], 0)
+    assert proposal.proposer == "random"
+    assert proposal.note == "Ax: RuntimeError: not positive definite"
+    assert proposal.sequence in space
+
+
+def test_a_repeated_proposal_is_replaced(monkeypatch):
+    space = Space("AM", 2)
+    monkeypatch.setattr(BayesianProposer, "_ask", lambda self, client: CompositeSequence("AM"))
+    trials = [trial(Proposal(0, CompositeSequence("AM"), "sobol"), 0.5)]
+    proposal = BayesianProposer(space, 0, 1).propose(trials, [], 1)
+    assert proposal.sequence != CompositeSequence("AM")
+    assert (proposal.proposer, proposal.note) == ("random", "Ax proposed 1A1M again")
+
+
+def test_the_snapshot_is_one_that_ax_reads(tmp_path):
+    from ax.api.client import Client
+
+    proposer = BayesianProposer(Space("AM", 4), seed=0, initial=3)
+    trials = run(proposer, 5)
+    (tmp_path / "ax.json").write_text(json.dumps(proposer.snapshot(trials)))
+    client = Client.load_from_json_file(str(tmp_path / "ax.json"))
+    best, values, _, _ = client.get_best_parameterization(use_model_predictions=False)
+    expected = max(trials, key=lambda each: each.score)
+    assert "".join(best[f"block_{position}"] for position in range(4)) == expected.sequence.letters
+    assert values["score"][0] == pytest.approx(expected.score)
+
+
+def settings_for(**changes):
+    values = {"space": Space("AM", 4), "proposer": "random", "initial": 3, "seed": 0, "budget": 8, "evaluator": {}}
+    return StudySettings(**(values | changes))
+
+
+def test_the_settings_name_the_proposer():
+    assert isinstance(make_proposer(settings_for()), RandomProposer)
+    assert isinstance(make_proposer(settings_for(proposer="exhaustive", budget=16)), ExhaustiveProposer)
+    assert isinstance(make_proposer(settings_for(proposer="bayesian")), BayesianProposer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"proposer": "genetic"}, "unknown proposer 'genetic'"),
+        ({"proposer": "exhaustive"}, "budget=8 is too small for an exhaustive search of all 16 sequences of 4 blocks"),
+        ({"proposer": "bayesian", "initial": 0}, "initial=0"),
+        ({"budget": 0}, "budget=0"),
+    ],
+)
+def test_impossible_searches_are_named(changes, message):
+    with pytest.raises(UsageError, match=message):
+        make_proposer(settings_for(**changes))
+
+
+def test_without_ax_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ComposerError, match=r'pip install "composer-megatron\[search\]"'):
+        make_proposer(settings_for(proposer="bayesian"))

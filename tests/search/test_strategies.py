@@ -1,0 +1,343 @@
+"""The search loop and its workers: real processes that are killed, interrupted, starved of disk and started again."""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from composer_megatron.errors import ComposerError, FileError, UsageError
+from composer_search.evaluation import Evaluation
+from composer_search.strategies import SearchSettings, progress_bar, search
+from composer_search.study import Study
+
+TOY = '''
+import os, signal, sys, time
+from pathlib import Path
+
+from composer_megatron.errors import ComposerError
+from composer_search.evaluation import Evaluation
+from composer_search.strategies import SearchSettings, search
+
+
+class Toy:
+    """Scores the share of A; what else it does depends on its attributes, by sequence."""
+
+    def __init__(self, seconds=0.0, pids=None, dies=(), raises=()):
+        self.seconds, self.pids, self.dies, self.raises = seconds, pids, dies, raises
+
+    def describe(self):
+        return {"name": "toy"}
+
+    def evaluate(self, sequence):
+        if self.pids:
+            (Path(self.pids) / str(os.getpid())).touch()
+        if self.pids and (Path(self.pids) / "slow").exists():
+            (Path(self.pids) / f"slow.{os.getpid()}").touch()
+            time.sleep(60)
+        time.sleep(self.seconds)
+        if sequence.letters in self.dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if sequence.letters in self.raises:
+            raise ValueError("bad luck")
+        score = sequence.count("A") / len(sequence)
+        return Evaluation(score, seed_scores=(score,), tasks={"share": score}, test_score=score)
+
+
+class Stillborn(Toy):
+    def __setstate__(self, state):
+        os._exit(3)
+
+
+if __name__ == "__main__":
+    folder, workers, seconds = sys.argv[1:4]
+    settings = SearchSettings(length=5, budget=14, proposer="random", seed=3)
+    try:
+        search(settings, folder, workers=int(workers), evaluator=Toy(float(seconds), pids=sys.argv[4]))
+    except ComposerError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+'''
+
+RANDOM = SearchSettings(length=5, budget=14, proposer="random", seed=3)
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """The module above, importable here and in workers."""
+    (tmp_path / "toy_evaluator.py").write_text(TOY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import toy_evaluator
+
+    yield toy_evaluator
+    sys.modules.pop("toy_evaluator")
+
+
+@pytest.fixture
+def program(toy, tmp_path):
+    """Starts the search of RANDOM in a process of its own group; kills what is left of it in the end."""
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    started = []
+
+    def start(folder, workers=2, seconds=0.15, **options):
+        command = [sys.executable, toy.__file__, str(folder), str(workers), str(seconds), str(pids)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True, **options
+        )
+        started.append(process)
+        return process
+
+    start.folder = pids
+    start.pids = lambda: [int(path.name) for path in pids.iterdir() if path.name.isdecimal()]
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+class Here:
+    """Scores as a fixed function of the letters; `stop_at` raises KeyboardInterrupt at that evaluation."""
+
+    def __init__(self, stop_at=None):
+        self.count, self.stop_at = 0, stop_at
+
+    def describe(self):
+        return {"name": "here"}
+
+    def evaluate(self, sequence):
+        self.count += 1
+        if self.count == self.stop_at:
+            raise KeyboardInterrupt
+        score = sum((letter == "A") / (position + 1) for position, letter in enumerate(sequence))
+        return Evaluation(score=score, seed_scores=(score,))
+
+
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def lines(folder):
+    log = Path(folder) / "trials.jsonl"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def alive(pid):
+    """Whether the process runs; one that ended and was not waited for by its new parent counts as ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def outcomes(study):
+    return [(trial.trial, trial.sequence, trial.proposer, trial.score) for trial in study.trials]
+
+
+def test_a_killed_search_goes_on_and_loses_the_running_trials_at_most(program, tmp_path):
+    folder = tmp_path / "study"
+    process = program(folder)
+    wait_until(lambda: len(lines(folder)) >= 4)
+    (program.folder / "slow").touch()
+    wait_until(lambda: len(list(program.folder.glob("slow.*"))) == 2)
+    process.kill()  # SIGKILL, the parent alone, while both workers are in trials of a minute
+    process.wait()
+    wait_until(lambda: not any(map(alive, program.pids())), seconds=5)  # they end by themselves
+    (program.folder / "slow").unlink()
+    before = lines(folder)
+    with (folder / "trials.jsonl").open("a") as log:
+        log.write('{"trial": 99, "sequ')  # as a kill in the middle of a write leaves it
+    second = program(folder, seconds=0.0)
+    assert second.wait(timeout=60) == 0
+    after = lines(folder)
+    assert after[: len(before)] == before
+    study = Study.load(folder)
+    assert len(before) < 14
+    assert sorted(trial.trial for trial in study.trials) == list(range(14))
+    assert len({trial.sequence for trial in study.trials}) == 14
+
+
+def test_ctrl_c_leaves_a_study_to_resume_and_no_process(program, tmp_path):
+    folder = tmp_path / "study"
+    process = program(folder, seconds=0.2)
+    wait_until(lambda: len(lines(folder)) >= 3)
+    os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to parent and workers alike
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT
+    assert errors.count("Traceback") == 1  # the parent's KeyboardInterrupt; the workers are silent
+    assert not any(map(alive, program.pids()))
+    kept = len(lines(folder))
+    assert kept < 14
+    assert program(folder, seconds=0.0).wait(timeout=60) == 0
+    assert len(Study.load(folder).completed) == 14
+
+
+def test_a_full_disk_stops_the_search_with_a_message_and_loses_nothing(program, tmp_path):
+    folder = tmp_path / "study"
+
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+
+    process = program(folder, seconds=0.0, preexec_fn=small_disk)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert f"cannot append to {folder / 'trials.jsonl'}" in errors
+    assert not any(map(alive, program.pids()))
+    kept = [json.loads(line) for line in lines(folder)]
+    assert 0 < len(kept) < 14
+    assert (folder / "trials.jsonl").read_bytes().endswith(b"\n")
+    assert program(folder, seconds=0.0).wait(timeout=60) == 0
+    assert [json.loads(line) for line in lines(folder)][: len(kept)] == kept
+    assert len(Study.load(folder).completed) == 14
+
+
+def test_a_worker_that_dies_or_raises_costs_its_trial_alone(toy, tmp_path):
+    evaluator = toy.Toy(dies=("AMA",), raises=("MAM",))
+    study = search(SearchSettings(length=3, budget=8), tmp_path / "study", workers=2, evaluator=evaluator)
+    errors = {trial.sequence.letters: trial.error for trial in study.trials if not trial.completed}
+    assert errors == {
+        "AMA": "the worker process was killed by SIGKILL, perhaps for lack of memory",
+        "MAM": "ValueError: bad luck",
+    }
+    assert len(study.completed) == 6
+    assert Study.load(tmp_path / "study").trials == study.trials
+
+
+def test_workers_that_cannot_start_are_one_error_and_no_trial(toy, tmp_path):
+    with pytest.raises(ComposerError, match="could not start, it ended with exit status 3"):
+        search(RANDOM, tmp_path / "study", workers=2, evaluator=toy.Stillborn())
+    assert Study.load(tmp_path / "study").trials == []
+
+
+def test_workers_give_the_same_trials_as_this_process(toy, tmp_path):
+    settings = SearchSettings(length=4, budget=9, proposer="random")
+    one, here = (
+        search(settings, tmp_path / f"study{workers}", workers=workers, evaluator=toy.Toy()) for workers in (1, 0)
+    )
+    assert outcomes(one) == outcomes(here)
+
+
+def test_an_interrupted_bayesian_search_ends_as_the_uninterrupted_one(tmp_path):
+    settings = SearchSettings(length=5, budget=8, initial=4, seed=5)
+    whole = search(settings, tmp_path / "whole", workers=0, evaluator=Here())
+    for stop_at in (3, 4):  # in trials 2 and 5
+        with pytest.raises(KeyboardInterrupt):
+            search(settings, tmp_path / "parts", workers=0, evaluator=Here(stop_at))
+    parts = search(settings, tmp_path / "parts", workers=0, evaluator=Here())
+    assert outcomes(parts) == outcomes(whole)
+    assert {trial.proposer for trial in whole.trials} == {"sobol", "bayesian"}
+    snapshots = [json.loads((tmp_path / name / "ax.json").read_text()) for name in ("whole", "parts")]
+    assert [len(snapshot["experiment"]["trials"]) for snapshot in snapshots] == [8, 8]
+    log = (tmp_path / "whole" / "trials.jsonl").read_bytes()
+    search(settings, tmp_path / "whole", workers=0, evaluator=Here(stop_at=1))  # nothing is left to do
+    assert (tmp_path / "whole" / "trials.jsonl").read_bytes() == log
+
+
+def test_a_small_space_is_searched_exhaustively_whatever_was_asked_for(tmp_path):
+    study = search(SearchSettings(length=3, budget=50), tmp_path, workers=0, evaluator=Here())
+    assert study.settings.proposer == "exhaustive"
+    assert len(study.trials) == 8
+    assert study.best.sequence.letters == "AAA"
+
+
+def test_a_search_can_be_extended(tmp_path):
+    for budget, name in ((6, "random"), (10, "random"), (40, "exhaustive")):
+        study = search(
+            SearchSettings(length=5, budget=budget, proposer="random"), tmp_path, workers=0, evaluator=Here()
+        )
+        assert study.settings.proposer == name
+        assert len(study.trials) == min(budget, 32)
+    assert len({trial.sequence for trial in study.trials}) == 32
+    with pytest.raises(UsageError, match="budget is 40 there and 10 now"):
+        search(SearchSettings(length=5, budget=10, proposer="random"), tmp_path, workers=0, evaluator=Here())
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_search_in_which_everything_fails_stops_early(score, tmp_path):
+    class Broken(Here):
+        def evaluate(self, sequence):
+            return Evaluation(score=score)
+
+    for tries in (1, 2):
+        with pytest.raises(ComposerError, match=f"3 trials failed and none was completed; .*the score is {score}"):
+            search(RANDOM, tmp_path, workers=0, evaluator=Broken())
+        assert len(Study.load(tmp_path).trials) == 3 * tries
+
+
+def test_failures_after_a_success_do_not_stop_it(tmp_path):
+    class Moody(Here):
+        def evaluate(self, sequence):
+            self.count += 1
+            if self.count > 1:
+                raise FileError("no space for the cache")
+            return Evaluation(score=0.5)
+
+    study = search(RANDOM, tmp_path, workers=0, evaluator=Moody())
+    assert len(study.trials) == 14
+    assert {trial.error for trial in study.trials if not trial.completed} == {"no space for the cache"}
+
+
+def test_mad_is_the_evaluator_unless_another_is_given(tmp_path):
+    settings = SearchSettings(length=2, budget=4, evaluator="smoke", overrides={"steps": 2}, seeds=2, seed=6)
+    study = search(settings, tmp_path, workers=1)
+    assert len(study.completed) == 4
+    evaluator = study.settings.evaluator
+    assert (evaluator["name"], evaluator["seeds"], evaluator["seed"]) == ("mad", 2, 6)
+    assert {task["steps"] for task in evaluator["tasks"]} == {2}
+    for trial in study.trials:
+        assert set(trial.tasks) == {"in-context-recall", "memorization"}
+        assert len(trial.seed_scores) == 2
+        assert 0 <= trial.score <= 1
+
+
+@pytest.mark.parametrize(("length", "budget", "initial"), [(6, 16, 6), (6, 30, 6), (16, 100, 16), (3, 64, 5)])
+def test_the_number_of_quasi_random_trials_has_a_default(length, budget, initial):
+    assert SearchSettings(length=length, budget=budget).study_settings(Here()).initial == initial
+    assert SearchSettings(length=length, budget=budget, initial=2).study_settings(Here()).initial == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "workers", "message"),
+    [
+        (SearchSettings(length=0), 0, "length=0"),
+        (SearchSettings(primitives="AQ"), 0, "unknown 'Q'"),
+        (SearchSettings(budget=0), 0, "budget=0"),
+        (SearchSettings(), -1, "workers=-1"),
+        (SearchSettings(evaluator="huge"), 0, "preset 'huge'"),
+        (SearchSettings(overrides={"stepz": 1}), 0, "'stepz'"),
+        (SearchSettings(proposer="exhaustive", length=8), 0, "too small for an exhaustive search"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_make_no_study(settings, workers, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        search(settings, tmp_path / "study", workers=workers)
+    assert not (tmp_path / "study").exists()
+
+
+def test_progress_shows_every_trial_once(tmp_path):
+    with (tmp_path / "out").open("w") as file:
+        console = Console(file=file, width=200)
+        for budget in (3, 5):
+            with progress_bar(console) as progress:
+                settings = SearchSettings(length=5, budget=budget, proposer="random")
+                study = search(settings, tmp_path / "study", workers=0, evaluator=Here(), progress=progress)
+    shown = (tmp_path / "out").read_text().splitlines()
+    assert len(shown) == 5
+    for line, trial in zip(shown, study.trials, strict=True):
+        assert str(trial.sequence) in line
+        assert f"{trial.score:.3f}" in line
+    assert sum("best so far" in line for line in shown) >= 1
