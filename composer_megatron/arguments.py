@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from composer_megatron.architecture import Architecture
 from composer_megatron.errors import UsageError
-from composer_megatron.text_folder import TextInfo
+from composer_megatron.text.folder import TextInfo
 
 Flags = dict[str, Any]
 """Flag to value: None for a flag without one, a tuple for several."""

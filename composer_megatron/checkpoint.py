@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from composer_megatron import cpu, tokenizing
+from composer_megatron import cpu
 from composer_megatron.architecture import Architecture
 from composer_megatron.errors import ComposerError, FileError, UsageError
 from composer_megatron.files import naming
+from composer_megatron.text import tokenizing
 
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel

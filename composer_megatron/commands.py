@@ -227,7 +227,7 @@ def train(
     """
     from composer_megatron import pipeline
     from composer_megatron.launch import Launch
-    from composer_megatron.text_folder import load_text_folder
+    from composer_megatron.text.folder import load_text_folder
 
     model = Architecture.load(architecture)
     layout = pipeline.Layout(pp, tp, micro_batch_size, seq_len)

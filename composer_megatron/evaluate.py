@@ -23,9 +23,9 @@ import torch
 from composer_megatron.checkpoint import LoadedRun
 from composer_megatron.errors import ComposerError, FileError, UsageError
 from composer_megatron.files import naming, write_json
-from composer_megatron.text import load_text_folder, read_documents
-from composer_megatron.text_folder import TextInfo
-from composer_megatron.tokenizing import encode_documents
+from composer_megatron.text.documents import read_documents
+from composer_megatron.text.folder import TextInfo, load_text_folder
+from composer_megatron.text.tokenizing import encode_documents
 
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -92,7 +92,7 @@ def evaluate_text(
 
     Args:
         run: A trained run.
-        text: A text folder, or one or several files or folders of raw text (`composer_megatron.documents`).
+        text: A text folder, or one or several files or folders of raw text (`composer_megatron.text.documents`).
         batch_tokens: Tokens in one pass; by default 2048 on a CPU, 16384 on a GPU.
         progress: Called with the number of tokens done so far.
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from composer_megatron import tokenizing
 from composer_megatron.checkpoint import LoadedRun
 from composer_megatron.errors import UsageError
 from composer_megatron.files import write_json
+from composer_megatron.text import tokenizing
 
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel

@@ -31,7 +31,7 @@ from composer_megatron.files import naming, write_text
 from composer_megatron.metrics import MetricsLog, tee
 from composer_megatron.pipeline import Layout, cut_sequence, plan
 from composer_megatron.quiet import hush_imports
-from composer_megatron.text_folder import TextInfo, load_text_folder
+from composer_megatron.text.folder import TextInfo, load_text_folder
 
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel

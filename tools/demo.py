@@ -88,7 +88,8 @@ def main() -> None:
 
 def _prepare_text(demo: Demo, size: Size) -> None:
     vocabulary = json.loads(_capture("plan", "2A4M", "--shape", size.shape, "--json"))["vocab_size"]
-    sources = ["--text", *map(str, demo.text)] if demo.text else ["--max-bytes", str(size.text_bytes)]
+    sources = ["--text", *map(str, demo.text)] if demo.text else []
+    sources += ["--max-bytes", str(size.text_bytes)]
     script = [sys.executable, str(TOOLS / "preprocess_text.py")]
     _run("text", [*script, *sources, "--output", str(demo.output / "text"), "--vocab-size", str(vocabulary)])
 

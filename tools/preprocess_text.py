@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from tyro.conf import arg
 
 from composer_megatron.errors import ComposerError
-from composer_megatron.text import TextInfo, preprocess
+from composer_megatron.text.preprocess import TextInfo, preprocess
 
 NAME = Path(__file__).name
 

@@ -14,7 +14,7 @@ import pytest
 from composer_megatron.architecture import Architecture
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import Shape
-from composer_megatron.text import preprocess
+from composer_megatron.text.preprocess import preprocess
 
 ROOT = Path(__file__).parents[2]
 SEQUENCE_LENGTH = 32

@@ -115,7 +115,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 def test_train_dry_run_starts_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("composer_megatron.text_folder.load_text_folder", lambda path: None)
+    monkeypatch.setattr("composer_megatron.text.folder.load_text_folder", lambda path: None)
     architecture = tmp_path / "architecture.json"
     run(capsys, "extrapolate", "2A4M", "--shape", "tiny", "--output", str(architecture))
     folders = ["--architecture", str(architecture), "--text", str(tmp_path), "--run-dir", str(tmp_path / "run")]

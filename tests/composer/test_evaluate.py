@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from composer_megatron.checkpoint import load_run
 from composer_megatron.errors import ComposerError, FileError, UsageError
 from composer_megatron.evaluate import Evaluation, Window, batches, cut, evaluate_text
-from composer_megatron.text import load_text_folder
+from composer_megatron.text.preprocess import load_text_folder
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.xdist_group("runs")  # saved once, by one worker

@@ -20,7 +20,7 @@ from composer_megatron.files import read_json_lines
 from composer_megatron.metrics import MetricsLog, tee
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS
-from composer_megatron.text_folder import load_text_folder
+from composer_megatron.text.folder import load_text_folder
 
 ARCHITECTURE = Architecture(
     CompositeSequence.parse("2A5M2A3M"), dataclasses.replace(PRESETS["tiny"], num_query_groups=2)

@@ -2,14 +2,17 @@
 
 Triton decides between compiling and interpreting when it is imported, and `composer_kernels` follows it. So without a
 GPU each test module here runs in a pytest process of its own, with ``TRITON_INTERPRET=1``, and shows as one test; to
-run part of a module, set that variable yourself. Modules named ``test_aot_*`` compile and always run in this process.
+run part of a module, set that variable yourself. Modules named ``test_aot_*`` compile and never interpret.
 """
 
+import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,21 +32,19 @@ class InterpretedModule(pytest.Module):
 class InterpretedItem(pytest.Item):
     def runtest(self) -> None:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(self.path)]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         run = subprocess.run(
-            command,
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-            cwd=self.config.rootpath,
+            command, env=environment, cwd=self.config.rootpath, capture_output=True, text=True, check=False
         )
         if run.returncode != 0:
             raise InterpreterFailedError(run.stdout + run.stderr)
         self.add_report_section("call", "interpreter", run.stdout)
 
-    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: str | None = None) -> str:
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         if isinstance(excinfo.value, InterpreterFailedError):
             return str(excinfo.value)
-        return str(super().repr_failure(excinfo))
+        return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int, str]:
         return self.path, 0, f"{self.path.name} in Triton's interpreter"
@@ -61,9 +62,14 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m gpu` selects these tests where there is a GPU."""
+    """`-m gpu` selects these tests where there is a GPU; what compiles is skipped in the interpreter."""
     for item in items:
-        if DEVICE == "cuda" and HERE in item.path.parents and not item.path.name.startswith("test_aot_"):
+        if HERE not in item.path.parents:
+            continue
+        ahead_of_time = item.path.name.startswith("test_aot_")
+        if ahead_of_time and INTERPRETING:
+            item.add_marker(pytest.mark.skip("TRITON_INTERPRET is set: nothing can be compiled"))
+        if DEVICE == "cuda" and not ahead_of_time:
             item.add_marker("gpu")
 
 
@@ -74,7 +80,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _mended_interpreter() -> None:
-    """What Triton 3.6's interpreter gets wrong: loop bounds under NumPy 2.5, and rounding to bfloat16, which it cuts."""
+    """Mend Triton 3.6's interpreter: loop bounds under NumPy 2.5, and rounding to bfloat16, which it cuts off."""
     if not INTERPRETING:
         return
     from triton import language as tl
@@ -101,3 +107,106 @@ def _mended_interpreter() -> None:
 def device() -> str:
     """Where the tensors of a kernel test live."""
     return DEVICE
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, so that an element that a kernel leaves unwritten shows."""
+
+    def poison(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+            fresh = allocate(*args, **kwargs)
+            return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
+
+        return allocate_poisoned
+
+    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def assert_as_good() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+    """Check ``ours`` against the exact (float64) result: at most twice the error of PyTorch in the same type.
+
+    Errors are norms relative to that of the exact result. The floor of 2e-7, under two units in the last place of
+    fp32, lets both round differently where PyTorch happens to be exact.
+    """
+
+    def check(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> None:
+        assert ours.shape == exact.shape
+        scale = exact.double().norm().clamp_min(1e-300)
+        error, bound = ((result.double() - exact.double()).norm() / scale for result in (ours, torchs))
+        assert error <= 2 * bound + 2e-7, f"relative error {error:.2e}, PyTorch's {bound:.2e}"
+
+    return check
+
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+
+
+@pytest.fixture
+def compile_ahead(tmp_path: Path) -> Callable[..., dict[str, int]]:
+    """Compile a kernel for a GPU that need not be there; say what `ptxas -v` and the PTX say about it.
+
+    Arguments: the kernel, an architecture (80, 90, 100), the type of each parameter before the constants (a torch dtype
+    for an aligned pointer, None for an absent one, or Triton's name of a scalar type, with ":16" for a multiple of 16),
+    the constants, and launch options.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def compile_ahead(
+        kernel: Any, architecture: int, types: Sequence[Any], constants: Sequence[Any], **options: Any
+    ) -> dict[str, int]:
+        names = kernel.arg_names
+        given = [POINTERS.get(kind, kind or "constexpr") for kind in types] + ["constexpr"] * len(constants)
+        signature = {name: kind.removesuffix(":16") for name, kind in zip(names, given, strict=True)}
+        values = [None] * len(types) + list(constants)
+        constexprs = {(i,): value for i, value in enumerate(values) if given[i] == "constexpr"}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(given) if kind[0] == "*" or ":16" in kind}
+        target = GPUTarget("cuda", architecture, 32)
+        compiled = triton.compile(ASTSource(kernel, signature, constexprs, aligned), target=target, options=options)
+        return _resources(compiled.asm["ptx"], architecture, tmp_path / "kernel.ptx")
+
+    return compile_ahead
+
+
+def _resources(ptx: str, architecture: int, path: Path) -> dict[str, int]:
+    from triton import knobs
+
+    path.write_text(ptx)
+    tool = knobs.nvidia.ptxas_blackwell if architecture >= 100 else knobs.nvidia.ptxas
+    named = re.search(r"\.target (\w+)", ptx)
+    assert named
+    command = [tool.path, "-v", f"-arch={named.group(1)}", str(path), "-o", os.devnull]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers, spilled = re.search(r"Used (\d+) registers", log), re.search(r"(\d+) bytes spill stores", log)
+    assert registers
+    assert spilled
+    accesses = re.findall(r"(?:ld|st)\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", ptx)
+    return {
+        "registers": int(registers.group(1)),
+        "spilled_bytes": int(spilled.group(1)),
+        "narrow_accesses": sum(int(count or 1) * int(bits) < 128 for count, bits in accesses),
+    }
+
+
+@pytest.fixture
+def assert_as_recorded(request: pytest.FixtureRequest) -> Callable[[str, dict[str, int]], None]:
+    """Compare a kernel's resources with ``ptxas_<op>.json`` beside the test ``test_aot_<op>.py``: none may grow.
+
+    With the environment variable COMPOSER_RECORD=1 they are written there instead (not with several pytest workers).
+    """
+    path = HERE / f"ptxas_{request.path.stem.removeprefix('test_aot_')}.json"
+
+    def check(name: str, resources: dict[str, int]) -> None:
+        recorded = json.loads(path.read_text()) if path.exists() else {}
+        if os.environ.get("COMPOSER_RECORD") == "1":
+            path.write_text(json.dumps({**recorded, name: resources}, indent=1, sort_keys=True) + "\n")
+            return
+        assert name in recorded, f"{name} is not in {path.name}; record it with COMPOSER_RECORD=1"
+        grown = {key: (recorded[name][key], value) for key, value in resources.items() if value > recorded[name][key]}
+        assert not grown, f"{name} needs more than recorded in {path.name} (recorded, now): {grown}"
+
+    return check

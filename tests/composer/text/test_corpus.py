@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from composer_megatron.corpus import Corpus
 from composer_megatron.errors import FileError, UsageError
+from composer_megatron.text.corpus import Corpus
 
 
 def write(path: Path, texts: list[str]) -> Path:

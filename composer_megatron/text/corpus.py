@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from composer_megatron.documents import read_documents
 from composer_megatron.errors import FileError, UsageError
+from composer_megatron.text.documents import read_documents
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage ("read", "tokenizer", "encode"), the bytes done and the bytes in all, None when unknown."""

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from composer_megatron.errors import FileError
-from composer_megatron.text import preprocess
-from composer_megatron.text_folder import load_text_folder
+from composer_megatron.text.folder import load_text_folder
+from composer_megatron.text.preprocess import preprocess
 
 
 @pytest.fixture(scope="module")

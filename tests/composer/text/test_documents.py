@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from composer_megatron.documents import read_documents, source_files, standard_library_sources
 from composer_megatron.errors import FileError, UsageError
+from composer_megatron.text.documents import read_documents, source_files, standard_library_sources
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
 TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]))

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from composer_megatron.corpus import TRAIN, VALID
 from composer_megatron.errors import FileError
 from composer_megatron.files import naming, read_json
+from composer_megatron.text.corpus import TRAIN, VALID
 
 _FORMAT = "composer-text"
 _VERSION = 1

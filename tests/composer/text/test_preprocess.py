@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 from composer_megatron.errors import ComposerError, FileError, UsageError
-from composer_megatron.text import TextInfo, load_text_folder, preprocess, read_documents
-from composer_megatron.tokenizing import load_tokenizer, train_tokenizer
+from composer_megatron.text.preprocess import TextInfo, load_text_folder, preprocess, read_documents
+from composer_megatron.text.tokenizing import load_tokenizer, train_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not determine rank")
 

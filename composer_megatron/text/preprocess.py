@@ -24,12 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from composer_megatron import tokenizing
-from composer_megatron.corpus import SPLITS, TRAIN, VALID, Corpus, Progress
-from composer_megatron.documents import read_documents, source_files, standard_library_sources
 from composer_megatron.errors import ComposerError, UsageError
 from composer_megatron.files import naming, read_json, write_json
-from composer_megatron.text_folder import SplitInfo, TextInfo, load_text_folder
+from composer_megatron.text import tokenizing
+from composer_megatron.text.corpus import SPLITS, TRAIN, VALID, Corpus, Progress
+from composer_megatron.text.documents import read_documents, source_files, standard_library_sources
+from composer_megatron.text.folder import SplitInfo, TextInfo, load_text_folder
 
 __all__ = ["SplitInfo", "TextInfo", "load_text_folder", "preprocess", "read_documents", "standard_library_sources"]
 
@@ -56,7 +56,7 @@ def preprocess(
     The folder appears whole or not at all; the files in it do not depend on `workers`.
 
     Args:
-        paths: Files and folders (`composer_megatron.documents`); None is the Python standard library's sources.
+        paths: Files and folders (`composer_megatron.text.documents`); None is the Python standard library's sources.
         output: The folder to make.
         vocab_size: Tokens of the byte-level BPE to train, on the training side alone; 4096 by default.
         tokenizer: A tokenizer's JSON file to use instead.

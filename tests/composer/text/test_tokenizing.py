@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from composer_megatron import tokenizing
 from composer_megatron.errors import ComposerError, FileError, UsageError
+from composer_megatron.text import tokenizing
 
 TRAINING = """
 import sys
-from composer_megatron.tokenizing import train_tokenizer
+from composer_megatron.text.tokenizing import train_tokenizer
 print(train_tokenizer([open(sys.argv[1]).read()] * 3, 600).to_str())
 """
 

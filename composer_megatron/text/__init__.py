@@ -1,0 +1,1 @@
+"""From text files to token files that Megatron reads, and back: documents, tokenizers, text folders."""

@@ -1,0 +1,47 @@
+"""The kernels of `rms_norm` and `add_rms_norm`, compiled ahead of time: registers, spills and 16-byte accesses."""
+
+import pytest
+import torch
+
+from composer_kernels import _norm
+
+BF16, FP32 = torch.bfloat16, torch.float32
+ARCHITECTURES = [80, 90, 100]
+STREAMS = {"none": None, "bf16": BF16, "fp32": FP32}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("width", [4096, 16384, 65536])
+def test_forward(width, stream, architecture, compile_ahead, assert_as_recorded):
+    launch = _norm.forward_launch(width)
+    kind = STREAMS[stream]
+    types = [BF16, kind, BF16, BF16, kind, FP32, "i32:16", "i32:16", "i32", "fp32"]
+    constants = (width, launch.block, launch.rows, False)
+    resources = compile_ahead(_norm._forward_kernel, architecture, types, constants, num_warps=launch.warps)
+    assert resources["spilled_bytes"] == 0
+    assert resources["narrow_accesses"] == 1  # rstd
+    assert_as_recorded(f"forward, {width} wide, residual {stream}, sm_{architecture}", resources)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("width", [2048, 4096, 8192, 16384])
+def test_backward(width, stream, architecture, compile_ahead, assert_as_recorded):
+    launch = _norm.backward_launch(width)
+    kind = STREAMS[stream]
+    total, copy = (BF16, None) if kind is None else (kind, BF16 if kind == FP32 else None)
+    types = [BF16, kind, total, BF16, FP32, total, copy, FP32, *["i32:16"] * 3, "i32", "i32"]
+    pin = launch.pin and launch.block >= width
+    constants = (width, launch.block, launch.rows, False, pin, launch.stages, launch.overlap)
+    resources = compile_ahead(_norm._backward_kernel, architecture, types, constants, num_warps=launch.warps)
+    assert resources["spilled_bytes"] == 0
+    assert_as_recorded(f"backward, {width} wide, residual {stream}, sm_{architecture}", resources)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_weight_grad(architecture, compile_ahead, assert_as_recorded):
+    constants = (4096, 32, 256, True, False)
+    resources = compile_ahead(_norm._weight_grad_kernel, architecture, [FP32, FP32, "i32"], constants, num_warps=8)
+    assert resources["spilled_bytes"] == 0
+    assert_as_recorded(f"weight gradient, sm_{architecture}", resources)
