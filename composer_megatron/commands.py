@@ -148,7 +148,9 @@ def extrapolate(
     print_costs(grown, seq_len)
     for path, architecture in written.items():
         if path:
-            console.print(f"{architecture.sequence}, {architecture.params_total:,} parameters: written to {path}")
+            console.print(
+                f"{architecture.sequence.notation}, {architecture.params_total:,} parameters: written to {path}"
+            )
 
 
 def plan(
@@ -388,7 +390,7 @@ def bench_training(
         table.add_column(heading, justify="right")
     for name, row in result["models"].items():
         rates = (f"{row['median_seconds'] * 1e3:,.1f}", f"{row['tokens_per_second']:,.0f}", f"{row['tflops']:.3f}")
-        table.add_row(name, row["sequence"], f"{row['params_total']:,}", *rates)
+        table.add_row(name, CompositeSequence.parse(row["sequence"]).notation, f"{row['params_total']:,}", *rates)
     console.print(table)
     console.print(f"composite over baseline: x{result['speedup']:.3f}; written to {output}")
 

@@ -22,7 +22,7 @@ def print_json(value: Any) -> None:
 def print_costs(architecture: Architecture, seq_len: int) -> None:
     """Print an architecture's counts beside its baseline's."""
     this, baseline = architecture.summary(seq_len), architecture.baseline().summary(seq_len)
-    table = Table(title=f"{this['sequence']} at shape {architecture.shape.name}", title_justify="left")
+    table = Table(title=f"{architecture.sequence.notation} at shape {architecture.shape.name}", title_justify="left")
     for heading in ("", "this", "Llama baseline", "baseline / this"):
         table.add_column(heading, justify="left" if not heading else "right")
     rows = {

@@ -90,6 +90,16 @@ class CompositeSequence:
         """The runs as text, ``2A4M``, or with a separator, ``2A+4M``. `parse` reads both back."""
         return separator.join(f"{length}{symbol}" for symbol, length in self.runs)
 
+    @property
+    def notation(self) -> str:
+        """The shortest text that `parse` reads: a long repetition by its period, ``(AM)x16`` for sixteen pairs."""
+        plain = self.format()
+        period = (self.letters * 2).index(self.letters, 1)
+        if period == len(self.letters) or len(plain) <= len("1A2M3A4M5A6M"):
+            return plain
+        unit = min(CompositeSequence(self.letters[:period]).format(), self.letters[:period], key=len)
+        return min(plain, f"({unit})x{len(self.letters) // period}", key=len)
+
     def __str__(self) -> str:
         return self.format()
 

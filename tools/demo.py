@@ -23,6 +23,7 @@ from rich.table import Table
 
 from composer_megatron.env import environment
 from composer_megatron.files import read_json, write_json
+from composer_megatron.sequence import CompositeSequence
 
 TOOLS = Path(__file__).parent
 console = Console(highlight=False, soft_wrap=True)
@@ -138,7 +139,8 @@ def _print_result(output: Path) -> bool:
         found = read_json(output / name / "eval.json", "an evaluation")
         costs = json.loads(_capture("plan", str(output / f"{name}.json"), "--json"))
         losses = (f"{found['nats_per_token']:.3f}", f"{found['bits_per_byte']:.3f}")
-        table.add_row(name, costs["sequence"], f"{costs['params_total']:,}", *losses)
+        sequence = CompositeSequence.parse(costs["sequence"]).notation
+        table.add_row(name, sequence, f"{costs['params_total']:,}", *losses)
         result[name] = {key: found[key] for key in ("nats_per_token", "bits_per_byte")}
     console.print(table)
     write_json(output / "result.json", result)

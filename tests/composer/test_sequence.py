@@ -95,6 +95,18 @@ def test_values() -> None:
         sequence.letters = "A"  # type: ignore[misc]
 
 
+@given(st.text("AM", min_size=1, max_size=12), st.integers(1, 16))
+def test_notation_reads_back_and_is_no_longer(unit: str, times: int) -> None:
+    sequence = CompositeSequence(unit * times)
+    assert parse(sequence.notation) == sequence
+    assert len(sequence.notation) <= len(str(sequence))
+
+
+@pytest.mark.parametrize("text", ["2A4M", "1A1M2A1M1A", "(AM)x32", "(2A4M)x4", "7A17M7A10M4A10M"])
+def test_notation_of_known_sequences(text: str) -> None:
+    assert parse(text).notation == text
+
+
 @pytest.mark.parametrize(
     ("text", "position", "words"),
     [

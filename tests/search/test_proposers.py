@@ -108,19 +108,39 @@ def test_bayesian_search_covers_a_space_without_repeating_itself():
     assert by[3:7] == ["bayesian"] * 4
 
 
+def acquisition_values(value):
+    """Every acquisition value in an Ax snapshot: it changes with any random draw, even where the choice does not."""
+    if isinstance(value, dict):
+        own = value.get("expected_acquisition_value")
+        return ([own] if own is not None else []) + [
+            each for item in value.values() for each in acquisition_values(item)
+        ]
+    return [each for item in value for each in acquisition_values(item)] if isinstance(value, list) else []
+
+
 def test_a_proposal_depends_on_the_trials_and_not_on_their_order_or_the_past():
     space = Space("AM", 6)
     trials = run(BayesianProposer(space, seed=1, initial=4), 7)
-    running = [
-        Proposal(7, next(space.at(r) for r in range(64) if space.at(r) not in {t.sequence for t in trials}), "x")
-    ]
+    tried = {each.sequence for each in trials}
+    running = [Proposal(7, next(space.at(rank) for rank in range(64) if space.at(rank) not in tried), "bayesian")]
     torch.manual_seed(0)
     expected = BayesianProposer(space, 1, 4).propose(trials, running, 8)
     torch.manual_seed(99)
     shuffled = random.Random(0).sample(trials, len(trials))
     again = BayesianProposer(space, 1, 4).propose(shuffled, running, 8)
-    assert (again.sequence, again.proposer) == (expected.sequence, expected.proposer)
-    assert expected.proposer == "bayesian"
+    assert (again.sequence, again.proposer) == (expected.sequence, "bayesian")
+    assert acquisition_values(again.snapshot) == acquisition_values(expected.snapshot) != []
+
+
+def test_the_sequence_of_a_failed_trial_is_not_wanted_again():
+    """Ax proposes the points of trials that are marked as failed again, and here AAA looks best by far."""
+    trials = [
+        trial(Proposal(number, CompositeSequence(text), "sobol"), None if text == "AAA" else text.count("A") / 3)
+        for number, text in enumerate(("MMM", "AAA", "AMM", "MAM", "MMA", "AAM"))
+    ]
+    proposal = BayesianProposer(Space("AM", 3), 0, 3).propose(trials, [], 6)
+    assert proposal.sequence.letters in ("AMA", "MAA")
+    assert (proposal.proposer, proposal.note) == ("bayesian", None)
 
 
 def test_a_batch_holds_different_sequences_and_none_that_runs():

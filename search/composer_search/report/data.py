@@ -15,8 +15,6 @@ from composer_megatron.files import naming, read_json, read_json_lines
 from composer_megatron.primitives import PRIMITIVES
 from composer_megatron.sequence import CompositeSequence
 
-_LONG = 12  # characters of a sequence that still read well
-
 
 @dataclass(frozen=True)
 class ReportInputs:
@@ -168,16 +166,6 @@ class Contents:
 def is_baseline(architecture: Architecture) -> bool:
     """Whether an architecture is its shape's Llama baseline."""
     return architecture == architecture.baseline()
-
-
-def notation(sequence: CompositeSequence) -> str:
-    """A sequence as text that `parse` reads, a long one by its period: ``(AM)x16``, not sixteen times ``1A1M``."""
-    letters, plain = sequence.letters, str(sequence)
-    period = (letters + letters).index(letters, 1)
-    if period == len(letters) or len(plain) <= _LONG:
-        return plain
-    unit = min(str(CompositeSequence(letters[:period])), letters[:period], key=len)
-    return min(plain, f"({unit})x{len(letters) // period}", key=len)
 
 
 def gather(inputs: ReportInputs) -> Contents:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from composer_megatron.architecture import Architecture
 from composer_megatron.sequence import CompositeSequence
 from composer_search.report.charts import MOST_POINTS, block_strip, loss_chart, loss_legend, primitive_legend
-from composer_search.report.data import Contents, TrainingRun, is_baseline, notation
+from composer_search.report.data import Contents, TrainingRun, is_baseline
 from composer_search.report.markup import (
     Column,
     Markup,
@@ -43,7 +43,7 @@ def sequences(contents: Contents) -> Markup | Missing:
 def _bar(name: str, note: str, sequence: CompositeSequence, longest: int) -> Markup:
     counts = " + ".join(f"{count} {symbol}" for symbol, count in sequence.counts.items())
     head = element("span", element("strong", name), " ", element("span", note, class_="note"), class_="bar-name")
-    text = sequence_text(notation(sequence))
+    text = sequence_text(sequence.notation)
     size = element("span", f"{counts} = {len(sequence)} blocks", class_="note")
     words = element("p", head, element("span", text, " ", size, class_="bar-size"), class_="bar-head")
     return element("div", words, block_strip(sequence.letters, longest), class_="bar")
@@ -96,7 +96,7 @@ def _cost_row(name: str, architecture: Architecture, seq_len: int) -> list[str]:
         small = dict.fromkeys(small, Markup("baseline"))
     cells = [phrase(integer(counts[key]), element("small", words)) for key, words in small.items()]
     kinds = element("small", " + ".join(f"{count} {symbol}" for symbol, count in architecture.sequence.counts.items()))
-    text = element("small", notation(architecture.sequence), class_="sequence")
+    text = element("small", architecture.sequence.class_="sequence")
     return [phrase(name, text), phrase(integer(counts["blocks"]), kinds), *cells]
 
 
@@ -166,7 +166,7 @@ def _evaluation_table(contents: Contents) -> Markup:
 
 
 def _evaluation_row(run: TrainingRun, index: int, most: float) -> list[str]:
-    name = phrase(run.name, element("small", notation(run.architecture.sequence), class_="sequence"))
+    name = phrase(run.name, element("small", run.architecture.sequence.class_="sequence"))
     if run.evaluation is None:
         return [name, "not evaluated", "", "–", "–", "–", "–", "–"]
     values = run.evaluation
@@ -238,12 +238,12 @@ def plan(contents: Contents) -> Markup | Missing:
     rows = [
         [
             integer(number),
-            sequence_text(notation(blocks)),
+            sequence_text(blocks.notation),
             *(integer(stage[key]) for key in ("flops_per_token", "params_per_rank", "state_bytes", "activation_bytes")),
         ]
         for number, (stage, blocks) in enumerate(zip(stages, letters, strict=True), start=1)
     ]
-    caption = f"{notation(sequence)} in {len(stages)} stage{'s' * (len(stages) > 1)}. Computed, not measured"
+    caption = f"{sequence.notation} in {len(stages)} stage{'s' * (len(stages) > 1)}. Computed, not measured"
     caption += "; the last stage bears the output layer."
     for key, words in (
         ("seq_len", "Sequence length"),

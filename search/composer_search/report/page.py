@@ -16,7 +16,7 @@ from composer_megatron.files import write_text
 from composer_megatron.sequence import CompositeSequence
 from composer_search.report import models, search, settings
 from composer_search.report.charts import block_strip
-from composer_search.report.data import Contents, ReportInputs, TrainingRun, gather, is_baseline, notation
+from composer_search.report.data import Contents, ReportInputs, TrainingRun, gather, is_baseline
 from composer_search.report.markup import (
     Markup,
     Missing,
@@ -93,10 +93,10 @@ def _title(contents: Contents) -> str:
     composite = next((each for each in contents.models.values() if not is_baseline(each)), None)
     found = next((sequence for _, sequence in reversed(_found(contents))), None)
     if composite and found and composite.sequence != found:
-        return f"From {notation(found)} to {notation(composite.sequence)}"
+        return f"From {found.notation} to {composite.sequence.notation}"
     if composite:
-        return f"{notation(composite.sequence)} beside its Llama baseline"
-    return f"A search that found {notation(found)}" if found else "Composer report"
+        return f"{composite.sequence.notation} beside its Llama baseline"
+    return f"A search that found {found.notation}" if found else "Composer report"
 
 
 def _found(contents: Contents) -> list[tuple[str, CompositeSequence]]:
@@ -122,11 +122,11 @@ def _search_sentences(contents: Contents) -> list[Markup]:
     best, score = study.scored[0]
     of = [" of ", integer(study.candidates)] if study.candidates else []
     tried = phrase("The search scored ", integer(len(study.scored)), *of, " candidate sequences; ")
-    best_one = phrase("the best, ", sequence_text(notation(best.sequence)), ", reached ", decimal(score, 3), ".")
+    best_one = phrase("the best, ", sequence_text(best.sequence.notation), ", reached ", decimal(score, 3), ".")
     sentences = [phrase(tried, best_one)]
     if study.aggregate:
         voters = integer(len(study.aggregate.members))
-        text = sequence_text(notation(study.aggregate.sequence))
+        text = sequence_text(study.aggregate.sequence.notation)
         sentences.append(phrase("The ", voters, " sequences of the best cluster voted for ", text, "."))
     return sentences
 
@@ -141,7 +141,7 @@ def _training_sentences(contents: Contents) -> list[Markup]:
 
 
 def _clause(run: TrainingRun, evaluation: dict[str, float]) -> Markup:
-    name = phrase(element("strong", run.name), ", ", sequence_text(notation(run.architecture.sequence)))
+    name = phrase(element("strong", run.name), ", ", sequence_text(run.architecture.sequence.notation))
     bits, steps = decimal(evaluation["bits_per_byte"], 3), integer(int(evaluation["iteration"]))
     return phrase(name, ", needs ", bits, " bits per byte after ", steps, " steps")
 
@@ -164,7 +164,7 @@ def _tiles(contents: Contents) -> list[Markup]:
     tiles = []
     if contents.study and contents.study.scored:
         best, score = contents.study.scored[0]
-        words = f"mean task accuracy of {notation(best.sequence)}, {search.seeds_phrase(contents.study)}"
+        words = f"mean task accuracy of {best.sequence.notation}, {search.seeds_phrase(contents.study)}"
         tiles.append(_tile("best score", decimal(score, 3), words))
     losses = [
         (run.name, run.evaluation["bits_per_byte"], run.evaluation["nats_per_token"])

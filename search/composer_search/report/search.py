@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from composer_megatron.sequence import CompositeSequence
 from composer_search.report.charts import block_strip, primitive_legend, trials_chart, trials_legend, votes_chart
-from composer_search.report.data import Contents, Study, Trial, notation
+from composer_search.report.data import Contents, Study, Trial
 from composer_search.report.markup import (
     Column,
     Markup,
@@ -78,7 +78,7 @@ def _trials_table(study: Study) -> Markup:
 
 def _trial_row(trial: Trial, ranges: Mapping[str, tuple[float, float]]) -> list[str]:
     row: list[str] = [integer(trial.number)]
-    row.append(phrase(_thumb(trial.sequence), sequence_text(notation(trial.sequence))))
+    row.append(phrase(_thumb(trial.sequence), sequence_text(trial.sequence.notation)))
     row.append(trial.status if trial.score is None else element("strong", decimal(trial.score, 4)))
     row.append("–" if trial.score is None or trial.seeds == 1 else decimal(trial.spread, 4))
     row.append("–" if trial.test_score is None else decimal(trial.test_score, 4))
@@ -114,7 +114,7 @@ def vote(contents: Contents) -> Markup | Missing:
     if unseen:
         caption += f" At {unseen} position{'s' * (unseen > 1)} no voter had those letters before it."
     columns = [Column("Sequence"), Column("Blocks"), Column("Score", numeric=True)]
-    rows = [(sequence_text(notation(each)), _thumb(each), decimal(score, 4)) for each, score in aggregate.members]
+    rows = [(sequence_text(each.notation), _thumb(each), decimal(score, 4)) for each, score in aggregate.members]
     members = table("Sequences that vote", columns, rows)
     figure = element("figure", primitive_legend(), votes_chart(aggregate), element("figcaption", caption))
     return phrase(figure, details(f"The {len(aggregate.members)} sequences that vote", members))
