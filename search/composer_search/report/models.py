@@ -96,7 +96,7 @@ def _cost_row(name: str, architecture: Architecture, seq_len: int) -> list[str]:
         small = dict.fromkeys(small, Markup("baseline"))
     cells = [phrase(integer(counts[key]), element("small", words)) for key, words in small.items()]
     kinds = element("small", " + ".join(f"{count} {symbol}" for symbol, count in architecture.sequence.counts.items()))
-    text = element("small", architecture.sequence.class_="sequence")
+    text = element("small", architecture.sequence.notation, class_="sequence")
     return [phrase(name, text), phrase(integer(counts["blocks"]), kinds), *cells]
 
 
@@ -166,7 +166,7 @@ def _evaluation_table(contents: Contents) -> Markup:
 
 
 def _evaluation_row(run: TrainingRun, index: int, most: float) -> list[str]:
-    name = phrase(run.name, element("small", run.architecture.sequence.class_="sequence"))
+    name = phrase(run.name, element("small", run.architecture.sequence.notation, class_="sequence"))
     if run.evaluation is None:
         return [name, "not evaluated", "", "–", "–", "–", "–", "–"]
     values = run.evaluation
