@@ -28,11 +28,11 @@ def _program() -> tuple[SubcommandApp, list[str]]:
     for command in COMMANDS:
         name = command.__name__.strip("_")
         if name.startswith("bench_"):
-            bench.command(command, name=name.removeprefix("bench_"))
+            bench.command(name=name.removeprefix("bench_"))(command)
             app.command(bench, name="bench", help="Measure on this machine.")
             name = "bench"
         else:
-            app.command(command, name=name)
+            app.command(name=name)(command)
         names.append(name)
     return app, names
 

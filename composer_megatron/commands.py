@@ -76,7 +76,7 @@ def search(
             cache_dir=study / "cache",
         )
     best = found.best
-    if best is None:
+    if best is None or best.score is None:
         raise ComposerError(f"no trial of {study} was completed; see the errors in {study / 'trials.jsonl'}")
     if json:
         print_json(best.as_dict())
@@ -96,9 +96,9 @@ def aggregate(study: Positional[Path], *, context: int = 0, clusters: int = 5, j
     from composer_search.aggregate import aggregate as vote
     from composer_search.study import Study
 
-    completed = Study.load(study).completed
-    scores = [trial.score for trial in completed]
-    result = vote([trial.sequence for trial in completed], scores, context=context, clusters=clusters)
+    scored = [(trial.sequence, trial.score) for trial in Study.load(study).trials if trial.score is not None]
+    sequences, scores = [sequence for sequence, _ in scored], [score for _, score in scored]
+    result = vote(sequences, scores, context=context, clusters=clusters)
     write_json(study / "aggregate.json", result.as_dict())
     if json:
         print_json(result.as_dict())

@@ -166,9 +166,9 @@ def _details(seeds: list[TrainResult]) -> dict[str, Any]:
 def preset(name: str, **overrides: Any) -> MadSettings:
     """A preset with some settings changed.
 
-    - ``smoke``: two tasks, seconds a candidate of any kind; the scores mean nothing.
+    - ``smoke``: two tasks, a fraction of a second a candidate; the scores mean little.
     - ``demo``: three easy tasks at a budget at which six-block sequences differ, some 12 CPU seconds a candidate.
-    - ``baseline``: the six tasks at MAD's baseline, hours of CPU time a candidate; meant for a GPU.
+    - ``baseline``: the six tasks at MAD's baseline, days of CPU time a candidate; meant for a GPU.
 
     Args:
         name: The preset.
@@ -183,12 +183,7 @@ def preset(name: str, **overrides: Any) -> MadSettings:
     settings = PRESETS[name]()
     if "tasks" in overrides:
         settings = _pick_tasks(settings, overrides.pop("tasks"))
-    places = {
-        "search": settings,
-        "train": settings.train,
-        "widths": settings.train.widths,
-        "plan": settings.tasks[0],
-    }
+    places = {"search": settings, "train": settings.train, "widths": settings.train.widths, "plan": settings.tasks[0]}
     changes: dict[str, dict[str, Any]] = {place: {} for place in places}
     for key, value in overrides.items():
         place = _place_of(key, places)
@@ -211,12 +206,9 @@ def _pick_tasks(settings: MadSettings, names: str | Sequence[str]) -> MadSetting
 
 def _place_of(key: str, places: Mapping[str, Any]) -> str:
     """Which part of the settings has the field; what a task has of its own comes before the trainer's."""
-    fields = {
-        field.name: place
-        for place in ("search", "train", "widths", "plan")
-        for field in dataclasses.fields(places[place])
-        if field.name not in _NO_OVERRIDES
-    }
+    fields = {field.name: place for place, part in places.items() for field in dataclasses.fields(part)}
+    for whole in ("tasks", "train", "widths", "setting"):
+        del fields[whole]
     if key not in fields:
         near = difflib.get_close_matches(key, fields, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known are tasks, {', '.join(sorted(fields))}"
@@ -233,9 +225,6 @@ def _like(key: str, value: Any, old: Any) -> Any:
     if not isinstance(value, numbers) or isinstance(value, bool) is not isinstance(old, bool):
         raise UsageError(f"evaluator setting {key}={value!r}; expected {type(old).__name__}")
     return type(old)(value)
-
-
-_NO_OVERRIDES = ("tasks", "train", "widths", "setting")
 
 
 def _plan(
@@ -269,10 +258,12 @@ def _smoke() -> MadSettings:
 
 
 def _demo() -> MadSettings:
-    """Sizes and steps were measured: the tasks are half learnt then, and how far depends on the sequence.
+    """Sizes and steps were measured: each task is about half learnt then, and how far depends on the sequence.
 
-    In-context recall and selective copying tell one attention from two that follow each other, and where they stand;
-    memorization favours MLPs near the attention. With fewer steps all scores are at the floor, with more at 1.
+    Over all 64 sequences of six blocks the score was .17 without attention, .74 to .81 with one attention block, .79 to
+    .95 with more. Where there is attention, scores had a standard deviation of .049 between sequences and .033 between
+    the seeds of one, and the seeds' rankings a Spearman correlation of .63. With a third of the steps all scores are at
+    the floor, with three times as many most are at 1.
     """
     sizes = (4096, 256, 256)
     copying = {"vocab_size": 8, "seq_len": 20, "num_tokens_to_copy": 3}

@@ -78,9 +78,7 @@ def extrapolate(
     return Architecture(grown, shape, origin)
 
 
-def _grown_at_every_scale(
-    sequence: CompositeSequence, scale: Fraction, method: Method
-) -> Iterator[CompositeSequence]:
+def _grown_at_every_scale(sequence: CompositeSequence, scale: Fraction, method: Method) -> Iterator[CompositeSequence]:
     """Every different result at scales from 1 up to two beyond `scale`; past that all are bigger than needed.
 
     A result changes only where ``scale · h_g`` passes a whole number, that is at multiples of 1/h_g.
