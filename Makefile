@@ -18,7 +18,7 @@ demo: setup ## Search, aggregate, extrapolate, pretrain two models, report (ARGS
 	@$(PY) tools/demo.py $(ARGS)
 
 test: setup ## All tests that run without a GPU, two at a time
-	@$(TEST_ENV) $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(TEST_ENV) $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: setup ## Lint, format and types
 	@.venv/bin/ruff check .

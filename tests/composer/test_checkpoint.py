@@ -17,7 +17,6 @@ from composer_megatron.model import build_model
 from composer_megatron.sequence import CompositeSequence
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.xdist_group("runs")  # saved once, by one worker
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,6 @@ from composer_megatron.evaluate import Evaluation, Window, batches, cut, evaluat
 from composer_megatron.text.preprocess import load_text_folder
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.xdist_group("runs")  # saved once, by one worker
 
 
 @pytest.fixture(scope="module")

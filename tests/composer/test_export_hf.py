@@ -24,7 +24,6 @@ from composer_megatron.export_hf import MODELING_FILE, export, hf_weights  # noq
 from composer_megatron.generate import generate_tokens  # noqa: E402
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.xdist_group("runs")  # saved once, by one worker
 
 NAMES = ("plain", "pipeline", "mlp")
 

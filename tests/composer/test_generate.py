@@ -13,7 +13,6 @@ from composer_megatron.errors import FileError, UsageError
 from composer_megatron.generate import Sampling, generate, generate_tokens, write_samples
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.xdist_group("runs")  # saved once, by one worker
 
 PROMPTS = ["12 Äpf", "!", "", "3 Äpfel, 6 Äpfel, 9 Äpfel"]
 

@@ -48,7 +48,6 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("readme")
 @pytest.mark.parametrize("command", TOUR)
 def test_tour(command: str, checkout: Path) -> None:
     """In order: each command finds what the ones before it left."""

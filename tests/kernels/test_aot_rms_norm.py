@@ -39,9 +39,10 @@ def test_backward(width, stream, architecture, compile_ahead, assert_as_recorded
     assert_as_recorded(f"backward, {width} wide, residual {stream}, sm_{architecture}", resources)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_weight_grad(architecture, compile_ahead, assert_as_recorded):
-    constants = (4096, 32, 256, True, False)
-    resources = compile_ahead(_norm._weight_grad_kernel, architecture, [FP32, FP32, "i32"], constants, num_warps=8)
+@pytest.mark.parametrize(("architecture", "overlap"), [(80, False), (90, False), (90, True), (100, True)])
+def test_weight_grad(architecture, overlap, compile_ahead, assert_as_recorded):
+    constants = (4096, 32, 256, True, overlap)
+    options = {"num_warps": 8, "launch_pdl": overlap}
+    resources = compile_ahead(_norm._weight_grad_kernel, architecture, [FP32, FP32, "i32"], constants, **options)
     assert resources["spilled_bytes"] == 0
-    assert_as_recorded(f"weight gradient, sm_{architecture}", resources)
+    assert_as_recorded(f"weight gradient, overlap {overlap}, sm_{architecture}", resources)

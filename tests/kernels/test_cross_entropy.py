@@ -47,17 +47,17 @@ def distance(x, exact):
     return ((x - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
-def check(logits, target, **options):
+def check(logits, target, inplace=(False, True), **options):
     """The error is at most twice that of PyTorch in the same dtype, or one rounding of the exact result."""
-    inplace = options.pop("inplace", False)
     exact = run(cross_entropy_reference, logits.double(), target, 1.5, **options)
     peer = run(same_in_torch, logits, target, 1.5, **options)
-    ours = run(cross_entropy, logits, target, 1.5, inplace=inplace, **options)
-    # The loss: fp32 sums of numbers of its size; where several rows cancel, of theirs (at most 20 here).
-    assert (ours[0] - exact[0]).abs().max() <= 2 * (peer[0] - exact[0]).abs().max() + 20 * 3e-7
     # A gradient rounded to nearest is off by half an eps an element; 4e-6 is fp32's exp of a difference of 20.
     rounding = max(torch.finfo(logits.dtype).eps / 2, 4e-6)
-    assert distance(ours[1], exact[1]) <= max(2 * distance(peer[1], exact[1]), rounding)
+    for where in inplace:
+        ours = run(cross_entropy, logits, target, 1.5, inplace=where, **options)
+        # The loss: fp32 sums of numbers of its size; where several rows cancel, of theirs (at most 20 here).
+        assert (ours[0] - exact[0]).abs().max() <= 2 * (peer[0] - exact[0]).abs().max() + 20 * 3e-7
+        assert distance(ours[1], exact[1]) <= max(2 * distance(peer[1], exact[1]), rounding)
 
 
 def data(rows, vocab, dtype, device, scale=3.0, seed=0):
@@ -68,12 +68,11 @@ def data(rows, vocab, dtype, device, scale=3.0, seed=0):
     return logits.to(device), target.to(device)
 
 
-@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("options", [PLAIN, EVERYTHING, {"softcap": 30.0, "reduction": "sum"}, {"reduction": "none"}])
-@pytest.mark.parametrize("shape", [(7, 2), (5, 33), (3, 4096), (4, 5001)])
+@pytest.mark.parametrize("shape", [(5, 33), (3, 4096), (3, 5001)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_matches_float64(device, dtype, shape, options, inplace):
-    check(*data(*shape, dtype, device), **options, inplace=inplace)
+def test_matches_float64(device, dtype, shape, options):
+    check(*data(*shape, dtype, device), **options)
 
 
 @settings(deadline=None, max_examples=30, database=None)
@@ -95,7 +94,7 @@ def test_any_shape_and_option(rows, vocab, dtype, smoothing, z_loss, softcap, re
     target[target == -100] = ignored
     if rows:
         options = {"label_smoothing": smoothing, "z_loss": z_loss, "softcap": softcap, "ignore_index": ignored}
-        check(logits, target, **options, reduction=reduction, inplace=inplace)
+        check(logits, target, **options, reduction=reduction, inplace=(inplace,))
     else:
         loss = cross_entropy(logits.requires_grad_() * 1, target, reduction=reduction, inplace=inplace)
         assert loss.shape == ((0,) if reduction == "none" else ()) and loss.sum() == 0
@@ -312,8 +311,7 @@ def test_every_launch_computes_the_same(device, vocab, launch):
 def test_plain_formulas_match_float64(device, monkeypatch):
     monkeypatch.setattr(_cross_entropy, "runs_kernel", lambda x: False)
     for dtype in DTYPES:
-        for inplace in (False, True):
-            check(*data(5, 33, dtype, device), **EVERYTHING, inplace=inplace)
+        check(*data(5, 33, dtype, device), **EVERYTHING)
 
 
 def test_gradcheck():

@@ -75,7 +75,7 @@ def check(inputs, upstream=1.5, **options):
 @pytest.mark.parametrize("options", [PLAIN, EVERYTHING, {"reduction": "sum"}, {**EVERYTHING, "reduction": "none"}])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_float64(device, dtype, options, chunk_rows):
-    inputs = data(11, 24, 67, dtype, device)
+    inputs = data(7, 24, 67, dtype, device)
     check(inputs, **options, chunk_rows=chunk_rows)
     main_grad = torch.ones(67, 24, device=device)
     promise = {} if options.get("reduction") == "none" else {"grad_scale": 1.5}
@@ -91,7 +91,7 @@ def test_fresh_memory_is_written(device, poisoned):
 def test_chunks_change_nothing(device):
     inputs = data(13, 16, 50, torch.float32, device)
     whole = run(linear_cross_entropy, *inputs, **EVERYTHING)
-    for chunk_rows in (1, 5, 12, 13, 99):
+    for chunk_rows in (3, 12, 13):
         chunked = run(linear_cross_entropy, *inputs, **EVERYTHING, chunk_rows=chunk_rows)
         assert all(distance(x, y) < 2e-6 for x, y in zip(chunked, whole, strict=True)), chunk_rows
 
@@ -239,9 +239,8 @@ def test_gradcheck():
         assert all(distance(x, y) < 1e-12 for x, y in zip(ours, exact, strict=True))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("with_main_grad", [False, True])
-def test_compiled_without_a_break(device, with_main_grad, reduction):
+@pytest.mark.parametrize(("reduction", "with_main_grad"), [("mean", True), ("none", False)])
+def test_compiled_without_a_break(device, reduction, with_main_grad):
     inputs = data(9, 16, 35, torch.float32, device)
     main_grads = [torch.zeros(35, 16, device=device) if with_main_grad else None for _ in range(2)]
     torch.compiler.reset()

@@ -204,6 +204,13 @@ def test_a_full_disk_stops_the_search_with_a_message_and_loses_nothing(program, 
     assert len(Study.load(folder).completed) == 14
 
 
+def test_what_a_worker_imports_is_light():
+    heavy = "print(sorted({'torch', 'ax', 'sklearn', 'megatron', 'numpy'} & set(sys.modules)))"
+    command = [sys.executable, "-c", f"import sys, composer_search.strategies, composer_search.workers; {heavy}"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 def test_a_worker_that_dies_or_raises_costs_its_trial_alone(toy, tmp_path):
     evaluator = toy.Toy(dies=("AMA",), raises=("MAM",))
     study = search(SearchSettings(length=3, budget=8), tmp_path / "study", workers=2, evaluator=evaluator)
