@@ -48,7 +48,7 @@ class Size:
 SIZES = {
     "smoke": Size("tiny", "smoke", 6, 3, 250, 8, 4, 64, 1e-2, 1_500_000),
     "cpu": Size("demo", "demo", 16, 6, 500, 8, 2, 128, 3e-3, 8_000_000),
-    "gpu": Size("60m", "demo", 32, 8, 1500, 64, 16, 1024, 1e-3, 60_000_000),
+    "gpu": Size("60m", "demo", 32, 8, 600, 64, 16, 1024, 1e-3, 60_000_000),
 }
 MODELS = ("composite", "baseline")
 PROMPTS = ("def ", "import os\n", "class Stack:\n    ")

@@ -67,7 +67,7 @@ def _absorb(
     """Take a tile into the lanes' running maximum, Σ exp(s - maximum) and Σ s."""
     s = x.to(tl.float32)
     if SOFTCAP:
-        s, _ = _cap(s, softcap, PRECISE)
+        s = _cap(s, softcap, PRECISE)[0]
     if SMOOTH:
         total += tl.sum(tl.where(inside, s, 0.0), 0)
     s = tl.where(inside, s, float("-inf"))
@@ -105,7 +105,11 @@ def _reduce_row(
         peak, mass, total = _absorb(peak, mass, total, x, inside, softcap, SOFTCAP, SMOOTH, PRECISE)
     top = tl.max(peak, 0)
     base = tl.where(top == float("-inf"), 0.0, top)
-    return top, tl.sum(mass * tl.exp2((peak - base) * LOG2E), 0), tl.sum(total, 0)
+    mass = tl.sum(mass * tl.exp2((peak - base) * LOG2E), 0)
+    whole = 0.0
+    if SMOOTH:
+        whole = tl.sum(total, 0)
+    return top, mass, whole
 
 
 @triton.jit
@@ -120,32 +124,36 @@ def _row_loss(
 
 
 @triton.jit
-def _row_slope(
-    peak: tl.tensor, log_mass: tl.tensor, scale: tl.tensor, vocab: tl.tensor, smoothing: tl.tensor, z_loss: tl.tensor,
+def _row_terms(
+    label: tl.tensor, peak: tl.tensor, log_mass: tl.tensor, scale: tl.tensor, vocab: tl.tensor, smoothing: tl.tensor,
+    z_loss: tl.tensor,
 ) -> Tensors:  # fmt: skip
-    """A row's (gain, drop, floor): dloss/ds_j = share_j · gain - [j = y] · drop - floor."""
-    return scale * (1.0 + 2.0 * z_loss * (peak + log_mass)), scale * (1.0 - smoothing), scale * smoothing / vocab
+    """What `_slope_tile` must know of a row: dloss/ds_j = exp(s_j - lse) · gain - [j = label] · drop - floor."""
+    gain = scale * (1.0 + 2.0 * z_loss * (peak + log_mass))
+    return label, peak, log_mass, gain, scale * (1.0 - smoothing), scale * smoothing / vocab
 
 
 @triton.jit
 def _slope_tile(
-    logits: tl.tensor, out: tl.tensor, position: tl.tensor, inside: tl.tensor, label: tl.tensor, peak: tl.tensor,
-    log_mass: tl.tensor, gain: tl.tensor, drop: tl.tensor, floor: tl.tensor, softcap: tl.tensor,
-    SOFTCAP: tl.constexpr, PRECISE: tl.constexpr,
+    logits: tl.tensor, out: tl.tensor, first: tl.tensor, inside: tl.tensor, terms: Tensors, softcap: tl.tensor,
+    SOFTCAP: tl.constexpr, PRECISE: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, POLICY: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Write one tile of the gradient of the row at the pointers; `label` is a position, too."""
-    s = tl.load(logits + position, mask=inside, other=0.0).to(tl.float32)
+    """Write the gradient of a tile from position `first` of the row at the pointers; the label is a position, too."""
+    label, peak, log_mass, gain, drop, floor = terms
+    position = first + _positions(LANES, UNROLL)
+    s = tl.load(logits + position, mask=inside, other=0.0, eviction_policy=POLICY).to(tl.float32)
     derivative = s
     if SOFTCAP:
         s, derivative = _cap(s, softcap, PRECISE)
     slope = tl.exp2((s - peak) * LOG2E - log_mass * LOG2E) * gain - floor
-    slope = tl.where(position == label, slope - drop, slope)
+    if (label >= first) & (label < first + LANES * UNROLL):  # one tile of a row; the others need no comparisons
+        slope = tl.where(position == label, slope - drop, slope)
     if SOFTCAP:
         slope *= derivative
     tl.store(out + position, slope.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner", "start", "ignore_index"])
 def _statistics_kernel(
     logits: tl.tensor, target: tl.tensor, statistics: tl.tensor, inner: tl.tensor, stride_outer: tl.tensor,
     stride_inner: tl.tensor, width: tl.tensor, start: tl.tensor, ignore_index: tl.tensor, softcap: tl.tensor,
@@ -164,7 +172,7 @@ def _statistics_kernel(
         held = (label >= start) & (label < start + width)
         at_label = tl.load(logits + base + shift + (label - start), mask=held, other=0.0).to(tl.float32)
         if SOFTCAP:
-            at_label, _ = _cap(at_label, softcap, PRECISE)
+            at_label = _cap(at_label, softcap, PRECISE)[0]
         peak, mass, total = _reduce_row(
             logits + base, shift, width, softcap, SHIFT, SOFTCAP, SMOOTH, PRECISE, LANES, UNROLL, ""
         )
@@ -176,7 +184,7 @@ def _statistics_kernel(
         tl.store(out + 3, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts", "vocab", "ignore_index"])
 def _finish_kernel(
     gathered: tl.tensor, target: tl.tensor, loss: tl.tensor, norm: tl.tensor, rows: tl.tensor, parts: tl.tensor,
     vocab: tl.tensor, ignore_index: tl.tensor, smoothing: tl.tensor, z_loss: tl.tensor,
@@ -212,7 +220,7 @@ def _finish_kernel(
     tl.store(norm + 2 * row + 1, log_mass, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "inner", "scale_stride", "start", "vocab", "ignore_index"])
 def _gradient_kernel(
     logits: tl.tensor, out: tl.tensor, target: tl.tensor, norm: tl.tensor, scale: tl.tensor, rows: tl.tensor,
     inner: tl.tensor, stride_outer: tl.tensor, stride_inner: tl.tensor, out_stride_outer: tl.tensor,
@@ -237,19 +245,19 @@ def _gradient_kernel(
         peak = tl.load(norm + 2 * row.to(tl.int64))
         log_mass = tl.load(norm + 2 * row.to(tl.int64) + 1)
         factor = tl.load(scale + row.to(tl.int64) * scale_stride).to(tl.float32)
-        gain, drop, floor = _row_slope(peak, log_mass, factor, vocab, smoothing, z_loss)
         held = (label >= start) & (label < start + width)
         mark = tl.where(held, label - start + shift, -1).to(tl.int32)
+        terms = _row_terms(mark, peak, log_mass, factor, vocab, smoothing, z_loss)
         x = logits + base
         y = out + out_base
         if (first >= shift) & (first + TILE <= end):
             whole = tl.full([UNROLL, LANES], True, tl.int1)
-            _slope_tile(x, y, position, whole, mark, peak, log_mass, gain, drop, floor, softcap, SOFTCAP, PRECISE)
+            _slope_tile(x, y, first, whole, terms, softcap, SOFTCAP, PRECISE, LANES, UNROLL, "")
         else:
-            _slope_tile(x, y, position, inside, mark, peak, log_mass, gain, drop, floor, softcap, SOFTCAP, PRECISE)
+            _slope_tile(x, y, first, inside, terms, softcap, SOFTCAP, PRECISE, LANES, UNROLL, "")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner", "ignore_index"])
 def _loss_and_gradient_kernel(
     logits: tl.tensor, out: tl.tensor, target: tl.tensor, scale: tl.tensor, loss: tl.tensor, inner: tl.tensor,
     stride_outer: tl.tensor, stride_inner: tl.tensor, out_stride_outer: tl.tensor, out_stride_inner: tl.tensor,
@@ -259,8 +267,10 @@ def _loss_and_gradient_kernel(
 ) -> None:  # fmt: skip
     """One row a program: loss[R], and the gradient of scale · loss."""
     TILE: tl.constexpr = LANES * UNROLL
+    AGAIN: tl.constexpr = "evict_first" if POLICY == "evict_last" else ""
     row = tl.program_id(0)
     label = tl.load(target + row).to(tl.int64)
+    factor = tl.load(scale)
     base, shift = _row_start(row, inner, stride_outer, stride_inner, SHIFT)
     out_base, _ = _row_start(row, inner, out_stride_outer, out_stride_inner, SHIFT)
     x = logits + base
@@ -277,28 +287,29 @@ def _loss_and_gradient_kernel(
         known = (label >= 0) & (label < width)
         at_label = tl.load(x + shift + label, mask=known, other=float("nan")).to(tl.float32)
         if SOFTCAP:
-            at_label, _ = _cap(at_label, softcap, PRECISE)
+            at_label = _cap(at_label, softcap, PRECISE)[0]
         peak, mass, total = _reduce_row(
             x, shift, width, softcap, SHIFT, SOFTCAP, SMOOTH, PRECISE, LANES, UNROLL, POLICY
         )
         peak = tl.where(known, peak, float("nan"))
         log_mass = tl.log(mass)
         tl.store(loss + row, _row_loss(peak, log_mass, at_label, total, width, smoothing, z_loss))
-        gain, drop, floor = _row_slope(peak, log_mass, tl.load(scale), width, smoothing, z_loss)
         mark = tl.where(known, label + shift, -1).to(tl.int32)
+        terms = _row_terms(mark, peak, log_mass, factor, width, smoothing, z_loss)
         if (full >= SHIFT) & (full * TILE < end):
-            last = full * TILE + offsets
-            _slope_tile(x, y, last, last < end, mark, peak, log_mass, gain, drop, floor, softcap, SOFTCAP, PRECISE)
+            first = full * TILE
+            inside = first + offsets < end
+            _slope_tile(x, y, first, inside, terms, softcap, SOFTCAP, PRECISE, LANES, UNROLL, AGAIN)
         whole = tl.full([UNROLL, LANES], True, tl.int1)
         for back in range(SHIFT, full):
-            here = (full - 1 + SHIFT - back) * TILE + offsets
-            _slope_tile(x, y, here, whole, mark, peak, log_mass, gain, drop, floor, softcap, SOFTCAP, PRECISE)
+            first = (full - 1 + SHIFT - back) * TILE
+            _slope_tile(x, y, first, whole, terms, softcap, SOFTCAP, PRECISE, LANES, UNROLL, AGAIN)
         if SHIFT:
-            head = (offsets >= shift) & (offsets < end)
-            _slope_tile(x, y, offsets, head, mark, peak, log_mass, gain, drop, floor, softcap, SOFTCAP, PRECISE)
+            inside = (offsets >= shift) & (offsets < end)
+            _slope_tile(x, y, 0, inside, terms, softcap, SOFTCAP, PRECISE, LANES, UNROLL, AGAIN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "inner"])
 def _rescale_kernel(
     x: tl.tensor, factor: tl.tensor, rows: tl.tensor, inner: tl.tensor, stride_outer: tl.tensor,
     stride_inner: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr,
@@ -346,7 +357,7 @@ class Launch:
     Attributes:
         warps: Warps of a program.
         vectors: 16-byte vectors that each thread reads before it uses the first one.
-        policy: Triton's eviction policy for what the one-pass kernel will read a second time.
+        policy: Triton's eviction policy for what the one-pass kernel will read a second time: none, or "evict_last".
     """
 
     warps: int
@@ -358,18 +369,31 @@ class Launch:
         return self.warps * 512 // itemsize
 
 
-def streaming_launch(width: int, itemsize: int, shifted: bool) -> Launch:
-    """For one pass over rows of `width`: programs of up to 8 warps, several a multiprocessor."""
-    needed = triton.cdiv(width * itemsize, 512)
-    vectors = 1 if shifted else min(4, triton.next_power_of_2(needed))
-    return Launch(min(8, triton.next_power_of_2(triton.cdiv(needed, vectors))), vectors)
+def statistics_launch(width: int, itemsize: int, shifted: bool) -> Launch:
+    """For reading rows of `width` once: programs of up to 8 warps, several a multiprocessor."""
+    return _launch(triton.cdiv(width * itemsize, 512), 1 if shifted else 4, 8)
 
 
-def one_pass_launch(width: int, itemsize: int, shifted: bool) -> Launch:
-    """For loss and gradient at once: wide rows have a multiprocessor to themselves, so that its cache holds them."""
-    needed = triton.cdiv(width * itemsize, 512)
-    vectors = 1 if shifted else min(4, triton.next_power_of_2(needed))
-    return Launch(min(32, triton.next_power_of_2(triton.cdiv(needed, vectors))), vectors)
+def gradient_launch(width: int, itemsize: int, shifted: bool) -> Launch:
+    """For reading and writing rows once: likewise; fewer vectors, since these also wait in registers to be written."""
+    return _launch(triton.cdiv(width * itemsize, 512), 1 if shifted else 2, 8)
+
+
+def one_pass_launch(width: int, itemsize: int, shifted: bool, plain: bool) -> Launch:
+    """For loss and gradient at once: few rows on a multiprocessor, a wide one alone, so that its cache holds them.
+
+    32 warps leave 64 registers a thread, in which 4 vectors are too many unless the loss is `plain`, without cap and
+    smoothing, and no mask is finer than a vector.
+    """
+    most = 4 if plain and width % 16 == 0 else 2
+    warps = 32 if width * itemsize > 96 * 1024 else 16
+    return _launch(triton.cdiv(width * itemsize, 512), 1 if shifted else most, warps)
+
+
+def _launch(needed: int, most_vectors: int, most_warps: int) -> Launch:
+    """As many vectors and warps, up to these numbers, as a row has use for that takes `needed` vectors of a warp."""
+    vectors = min(most_vectors, triton.next_power_of_2(needed))
+    return Launch(min(most_warps, triton.next_power_of_2(triton.cdiv(needed, vectors))), vectors)
 
 
 def _row_strides(*tensors: Tensor) -> tuple[tuple[int, ...], bool]:
@@ -407,7 +431,7 @@ def statistics(logits: Tensor, target: Tensor, terms: LossTerms, launch: Launch 
     smooth, width = terms.smoothing > 0, logits.shape[-1]
     if runs_kernel(logits):
         strides, shifted = _row_strides(logits)
-        launch = launch or streaming_launch(width, logits.element_size(), shifted)
+        launch = launch or statistics_launch(width, logits.element_size(), shifted)
         out = logits.new_empty(len(target), 3 + smooth, dtype=torch.float32)
         with torch.cuda.device_of(logits):
             _statistics_kernel[(len(target),)](
@@ -473,7 +497,7 @@ def gradient_into(
     width = logits.shape[-1]
     if runs_kernel(logits):
         strides, shifted = _row_strides(logits, out)
-        launch = launch or streaming_launch(width, logits.element_size(), shifted)
+        launch = launch or gradient_launch(width, logits.element_size(), shifted)
         lanes = launch.lanes(logits.element_size())
         tiles = triton.cdiv(width + 15 * shifted, lanes * launch.vectors)
         with torch.cuda.device_of(logits):
@@ -507,7 +531,8 @@ def loss_and_gradient_into(
         return loss
     width = logits.shape[-1]
     strides, shifted = _row_strides(logits, out)
-    launch = launch or one_pass_launch(width, logits.element_size(), shifted)
+    plain = not (terms.softcap or terms.smoothing)
+    launch = launch or one_pass_launch(width, logits.element_size(), shifted, plain)
     loss = logits.new_empty(len(target), dtype=torch.float32)
     with torch.cuda.device_of(logits):
         _loss_and_gradient_kernel[(len(target),)](
@@ -537,6 +562,7 @@ def losses(logits: Tensor, target: Tensor, terms: LossTerms, group: ProcessGroup
     said = statistics(logits, target, terms)
     gathered = said[None]
     if group is not None and len(target):
-        gathered = said.new_empty(dist.get_world_size(group), *said.shape)
+        gathered = said.new_empty(dist.get_world_size(group) * said.shape[0], said.shape[1])
         dist.all_gather_into_tensor(gathered, said, group=group)
+        gathered = gathered.view(-1, *said.shape)
     return finish(gathered, target, terms)

@@ -115,21 +115,21 @@ class Kernel:
             with torch.cuda.device(device):
                 self.launch(programs, tensors, strides, counts, floats, constants, options)
             return
-        pointers: list[int | None] = []
-        variant: list[object] = [device, constants, options]
-        low_bits = 0
-        for tensor in tensors:
-            pointer = None if tensor is None else tensor.data_ptr()
-            pointers.append(pointer)
-            variant.append(None if tensor is None else tensor.dtype)
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        variant = (device, constants, options, *[None if tensor is None else tensor.dtype for tensor in tensors])
+        low_bits = high_bits = 0
+        for pointer in pointers:
             low_bits |= pointer or 0
         for stride in strides:
             low_bits |= stride
-        regular = device >= 0 and low_bits % 16 == 0 and max((*strides, *counts)) < 2**31
-        compiled = self._variants.get(tuple(variant)) if regular else None
+            high_bits |= stride
+        for count in counts:
+            high_bits |= count
+        regular = device >= 0 and low_bits % 16 == 0 and high_bits < 2**31
+        compiled = self._variants.get(variant) if regular else None
         if compiled is not None:
             compiled[(programs, 1, 1)](*pointers, *strides, *counts, *floats, *constants)
             return
         compiled = self.function[(programs,)](*tensors, *strides, *counts, *floats, *constants, **dict(options))
         if regular:
-            self._variants[tuple(variant)] = compiled
+            self._variants[variant] = compiled

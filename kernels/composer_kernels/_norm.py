@@ -204,12 +204,11 @@ def forward_launch(width: int) -> Launch:
 @functools.cache
 def backward_launch(width: int) -> Launch:
     """The backward kernel's launch: tiles of 4096 elements or a row, of which two are in flight."""
-    if width > 16384:
-        return Launch(block=4096, rows=2, warps=16)
+    if width > 8192:
+        return Launch(block=8192, rows=1, warps=16, programs=2)
     block = triton.next_power_of_2(width)
-    rows = max(1, 4096 // block)
-    warps = min(32, max(8, block // 512))
-    return Launch(block, rows, warps, stages=2, programs=2 if block <= 4096 else 1)
+    rows, small = max(1, 4096 // block), block <= 4096
+    return Launch(block, rows, warps=max(8, block // 512), stages=2, programs=2 if small else 1, pin=small)
 
 
 _forward = Kernel(_forward_kernel)
@@ -244,14 +243,14 @@ def launch_forward(
     width = x.shape[-1]
     launch = launch or forward_launch(width)
     weight = None if weight is None else weight.contiguous()
-    y = x.new_empty(x.shape, dtype=out_dtype)
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    total = None if residual is None else residual.new_empty(residual.shape)
+    rows = x.numel() // width
+    y = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
+    rstd = x.new_empty(rows, dtype=torch.float32)
+    total = None if residual is None else torch.empty_like(residual, memory_format=torch.contiguous_format)
     x, x_stride = as_rows(x)
     residual_stride = 0
     if residual is not None:
         residual, residual_stride = as_rows(residual)
-    rows = rstd.numel()
     _forward.launch(
         -(-rows // launch.rows),
         (x, residual, weight, y, total, rstd),
@@ -297,13 +296,13 @@ def launch_backward(
     width, rows = x.shape[-1], rstd.numel()
     launch = launch or backward_launch(width)
     weight = None if weight is None else weight.contiguous()
-    dx = x.new_empty(x.shape)
-    dx_copy = None if copy_dtype is None else x.new_empty(x.shape, dtype=copy_dtype)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dx_copy = None if copy_dtype is None else torch.empty_like(dx, dtype=copy_dtype)
     tiles = -(-rows // launch.rows)
     # As few programs as finish in the same number of rounds: fewer partial sums.
     rounds = -(-tiles // (multiprocessors(x.get_device()) * launch.programs))
     programs = max(1, -(-tiles // max(1, rounds)))
-    partial = x.new_empty((programs, width), dtype=torch.float32) if needs_dweight else None
+    partial = x.new_empty(programs * width, dtype=torch.float32) if needs_dweight else None
     pin = launch.pin and launch.block >= width
     dy, dy_stride = as_rows(dy)
     x, x_stride = as_rows(x)
@@ -321,8 +320,8 @@ def launch_backward(
     )
     if partial is None or weight is None:
         return dx, dx_copy, None
-    dweight = weight.new_empty(width) if main_grad is None else main_grad
-    reduced_rows = min(512, triton.next_power_of_2(programs))
+    dweight = torch.empty_like(weight) if main_grad is None else main_grad
+    reduced_rows = min(512, 1 << (programs - 1).bit_length())
     block = 8192 // reduced_rows  # one load of 8192 elements a program
     _weight_grad.launch(
         -(-width // block),

@@ -109,11 +109,11 @@ def _compute_forward(
     total = None if residual is None else (x.to(wide(x.dtype)) + residual).to(residual.dtype)
     normed = x if total is None else total
     normed = normed.to(wide(normed.dtype))
-    rstd = torch.rsqrt(normed.square().mean(-1) + eps)
-    y = normed * rstd[..., None]
+    rstd = torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps)
+    y = normed * rstd
     if weight is not None:
         y = y * (weight.to(y.dtype) + zero_centered)
-    return y.to(out_dtype), total, rstd
+    return y.to(out_dtype), total, rstd.flatten()
 
 
 def _compute_backward(
@@ -130,9 +130,10 @@ def _compute_backward(
     """`launch_backward`, or the same in plain PyTorch where no kernel runs."""
     if runs_kernel(x):
         return launch_backward(dy, dtotal, x, weight, rstd, zero_centered, needs_dweight, main_grad, copy_dtype)
-    dy, normed = dy.to(rstd.dtype), x.to(rstd.dtype) * rstd[..., None]
+    rstd = rstd.view(*x.shape[:-1], 1)
+    dy, normed = dy.to(rstd.dtype), x.to(rstd.dtype) * rstd
     g = dy if weight is None else dy * (weight.to(rstd.dtype) + zero_centered)
-    dx = (g - normed * (g * normed).mean(-1, keepdim=True)) * rstd[..., None]
+    dx = (g - normed * (g * normed).mean(-1, keepdim=True)) * rstd
     if dtotal is not None:
         dx = dx + dtotal
     dweight = None
@@ -156,7 +157,7 @@ def _(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, zero_centered: bool, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = None if residual is None else residual.new_empty(x.shape)
-    rstd = x.new_empty(x.shape[:-1], dtype=wide(x.dtype))
+    rstd = x.new_empty(x.shape[:-1].numel(), dtype=wide(x.dtype))
     return _tensors(x, (x.new_empty(x.shape, dtype=out_dtype), total, rstd))
 
 

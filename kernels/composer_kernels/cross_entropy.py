@@ -25,14 +25,14 @@ host synchronisation. Every sum has a fixed order: equal calls give equal bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from composer_kernels._cross_entropy import LossTerms, gradient_into, loss_and_gradient_into, losses, rescale_
 from composer_kernels._launch import DTYPES, describe
@@ -42,7 +42,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 @torch.library.custom_op("composer_kernels::cross_entropy_forward", mutates_args=())
 def _forward(logits: Tensor, target: Tensor, group: str, terms: list[float]) -> tuple[Tensor, Tensor]:
-    return losses(logits, target, LossTerms.unpack(terms), _resolve_process_group(group) if group else None)
+    return losses(logits, target, LossTerms.unpack(terms), _resolve_process_group(GroupName(group)) if group else None)
 
 
 @_forward.register_fake
@@ -74,6 +74,39 @@ def _(logits: Tensor, target: Tensor, scale: Tensor, terms: list[float]) -> tupl
     return scale.new_empty(target.shape), torch.empty_like(logits)
 
 
+class _Final(torch.autograd.Function):
+    """Hands a gradient on, and raises where that is differentiated. `source` makes it part of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, source: Tensor, op: str) -> Tensor:
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(f"{ctx.op}: its gradient cannot be differentiated; {ctx.op}_reference's can")
+
+
+def differentiable_once(op: str) -> Callable[[Callable[..., tuple[Any, ...]]], Callable[..., tuple[Any, ...]]]:
+    """Decorate the backward of the operation called `op`, so that differentiating its results raises.
+
+    PyTorch's `once_differentiable` lets that pass unseen where the upstream gradient is a constant.
+    """
+
+    def decorate(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+        def backward_once(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return backward(ctx, *upstream)
+            with torch.no_grad():
+                gradients = backward(ctx, *upstream)
+            source = torch.empty(0, requires_grad=True)
+            return tuple(None if x is None else _Final.apply(x, source, op) for x in gradients)
+
+        return backward_once
+
+    return decorate
+
+
 class _TwoPasses(torch.autograd.Function):
     """Losses (R,) of logits (outer, inner, width); the gradient is made in backward."""
 
@@ -91,7 +124,7 @@ class _TwoPasses(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("cross_entropy")
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         if torch.compiler.is_compiling():
             logits, target, norm = ctx.saved_tensors
@@ -122,7 +155,7 @@ class _OnePass(torch.autograd.Function):
         return loss.sum() * scale[0]
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("cross_entropy")
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         if torch.compiler.is_compiling():
             return ctx.saved_tensors[0] * dloss, None, None, None
@@ -206,8 +239,7 @@ def cross_entropy(
 ) -> Tensor:
     """Cross entropy of `logits` against `target`, like `torch.nn.functional.cross_entropy` with more to ask for.
 
-    On a GPU Triton kernels do it, on a CPU and in float64 plain PyTorch. The gradient cannot be differentiated again;
-    PyTorch says so where that is tried.
+    On a GPU Triton kernels do it, on a CPU and in float64 plain PyTorch.
 
     Args:
         logits: (…, width) in bfloat16, float16, float32 or float64, neighbouring columns side by side in memory; rows
@@ -230,7 +262,7 @@ def cross_entropy(
     Raises:
         TypeError: For an element type that is not accepted.
         ValueError: For shapes, strides, devices or numbers that do not fit.
-        RuntimeError: For a second backward with `inplace`.
+        RuntimeError: For a second backward with `inplace`, and where the gradient is differentiated.
     """
     _check(logits, target, group)
     check_loss("cross_entropy", target, label_smoothing, z_loss, softcap, reduction)

@@ -28,13 +28,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from composer_kernels._cross_entropy import LossTerms, gradient_into, loss_and_gradient_into, losses, rescale_
 from composer_kernels._launch import DTYPES, describe
-from composer_kernels.cross_entropy import check_loss, cross_entropy_reference, mean_scale, place_in
+from composer_kernels.cross_entropy import (
+    check_loss,
+    cross_entropy_reference,
+    differentiable_once,
+    mean_scale,
+    place_in,
+)
 
 CHUNK_BYTES = 768 * 2**20
 """Most bytes of a chunk of logits: large GEMMs, and under 1 GB with what else is allocated beside `main_grad`."""
@@ -67,7 +72,7 @@ class _Plan:
     def unpack(cls, group: str, numbers: list[float]) -> _Plan:
         """From what `pack` made."""
         *terms, reduce, chunk_rows = numbers
-        in_group = _resolve_process_group(group) if group else None
+        in_group = _resolve_process_group(GroupName(group)) if group else None
         return cls(LossTerms.unpack(terms), in_group, bool(reduce), int(chunk_rows))
 
 
@@ -257,7 +262,7 @@ class _Reduced(torch.autograd.Function):
         return loss.sum() * share[0]
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("linear_cross_entropy")
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight, grad_scale, weight = ctx.saved_tensors
         factor = dloss / grad_scale
@@ -294,7 +299,7 @@ class _Unreduced(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("linear_cross_entropy")
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, target, norm = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1]]
@@ -345,8 +350,6 @@ def linear_cross_entropy(
 ) -> Tensor:
     """`cross_entropy` of hidden @ weight.T, a chunk of rows at a time.
 
-    The gradient cannot be differentiated again; PyTorch says so where that is tried.
-
     Args:
         hidden: (…, H) in bfloat16, float16, float32 or float64; leading dimensions that a view can flatten. In a group,
             the same on every process.
@@ -375,7 +378,7 @@ def linear_cross_entropy(
     Raises:
         TypeError: For an element type that is not accepted.
         ValueError: For shapes, strides, devices or numbers that do not fit.
-        RuntimeError: For a second backward, unless the reduction is "none".
+        RuntimeError: For a second backward, unless the reduction is "none", and where the gradient is differentiated.
     """
     _check(hidden, weight, target, main_grad, chunk_rows)
     check_loss("linear_cross_entropy", target, label_smoothing, z_loss, softcap, reduction)

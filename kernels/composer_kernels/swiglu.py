@@ -144,8 +144,8 @@ def launch_backward(
     width = dy.shape[-1]
     launch = launch or default_launch(width)
     rows = dy.numel() // width
-    dgate = gate.new_empty(gate.shape)
-    dup = None if up is None else up.new_empty(up.shape)
+    dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    dup = None if up is None else torch.empty_like(up, memory_format=torch.contiguous_format)
     dy, dy_stride = as_rows(dy)
     gate, gate_stride = as_rows(gate)
     other, other_stride = (gate, gate_stride) if up is None else as_rows(up)

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-ARCHITECTURE = Architecture(CompositeSequence.parse("2A4M1A"), PRESETS["tiny"])
+ARCHITECTURE = Architecture(CompositeSequence.parse("2A4M1A"), PRESETS["demo"])  # two KV groups: TP=2 divides them
 
 
 def test_the_whole_model_is_on_the_gpu_and_agrees_with_the_cpu(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ from composer_megatron.architecture import Architecture
 from composer_megatron.model import build_model
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS
-model = build_model(Architecture(CompositeSequence.parse("2A4M1A"), PRESETS["tiny"]), max_sequence_length=32).eval()
+model = build_model(Architecture(CompositeSequence.parse("2A4M1A"), PRESETS["demo"]), max_sequence_length=32).eval()
 model.load_state_dict(torch.load(sys.argv[1], map_location="cpu"))
 tokens = torch.arange(64).view(2, 32)
 torch.save(model(tokens, torch.arange(32).expand(2, -1), None), sys.argv[1])
@@ -89,7 +89,7 @@ def losses(folder: Path, name: str, processes: str, layout: tuple[str, ...]) -> 
     architecture, text = folder / "architecture.json", folder / "text"
     ARCHITECTURE.save(architecture)
     tools = Path(__file__).parents[2] / "tools" / "preprocess_text.py"
-    words = ["--output", str(text), "--vocab-size", "512", "--max-bytes", "500000"]
+    words = ["--output", str(text), "--vocab-size", "4096", "--max-bytes", "500000"]
     subprocess.run([sys.executable, str(tools), *words], check=True)
     numbers = ["--steps", "5", "--seq-len", "64", "--micro-batch-size", "2", "--global-batch-size", "8"]
     places = ["--architecture", str(architecture), "--text", str(text), "--run-dir", str(folder / name)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from composer_kernels import _cross_entropy as kernels
-from composer_kernels._cross_entropy import one_pass_launch, streaming_launch
+from composer_kernels._cross_entropy import gradient_launch, one_pass_launch, statistics_launch
 
 BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
 WIDTHS = {"aligned": 128256, "odd": 128257}
@@ -42,7 +42,7 @@ VARIANTS = [(90, *case) for case in CASES] + [(arch, *case) for arch in (80, 100
 
 @pytest.mark.parametrize(("architecture", "dtype", "width", "everything"), VARIANTS)
 def test_statistics(architecture, dtype, width, everything, compile_ahead, assert_as_recorded):
-    kind, constants, launch = spread(dtype, width, everything, streaming_launch)
+    kind, constants, launch = spread(dtype, width, everything, statistics_launch)
     types = (dtype, INT64, FP32, "i32", kind, kind, kind, "i32", "i32", "fp32")
     found = compile_ahead(kernels._statistics_kernel, architecture, types, constants, num_warps=launch.warps)
     assert found["spilled_bytes"] == 0
@@ -51,7 +51,7 @@ def test_statistics(architecture, dtype, width, everything, compile_ahead, asser
 
 @pytest.mark.parametrize(("architecture", "dtype", "width", "everything"), VARIANTS)
 def test_gradient(architecture, dtype, width, everything, compile_ahead, assert_as_recorded):
-    kind, (shift, cap, _, precise, *tile), launch = spread(dtype, width, everything, streaming_launch)
+    kind, (shift, cap, _, precise, *tile), launch = spread(dtype, width, everything, gradient_launch)
     types = (dtype, dtype, INT64, FP32, FP32, "i32", "i32", kind, kind, kind, kind, "i32", kind)
     types += ("i32", "i32", "i32", "fp32", "fp32", "fp32")
     constants = (shift, cap, precise, *tile)
@@ -71,11 +71,15 @@ def test_loss_and_gradient(architecture, dtype, width, everything, compile_ahead
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_small_kernels(architecture, compile_ahead, assert_as_recorded):
+def test_finish(architecture, compile_ahead, assert_as_recorded):
     types = (FP32, INT64, FP32, FP32, "i32", "i32", "i32", "i32", "fp32", "fp32")
     found = compile_ahead(kernels._finish_kernel, architecture, types, (True, 128), num_warps=4)
     assert found["spilled_bytes"] == 0
     assert_as_recorded(f"finish sm_{architecture}", found)
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_rescale(architecture, compile_ahead, assert_as_recorded):
     types = (BF16, FP32, "i32", "i32", "i32:16", "i32:16", "i32:16")
     found = compile_ahead(kernels._rescale_kernel, architecture, types, (4096,), num_warps=4)
     assert found["spilled_bytes"] == 0

@@ -175,6 +175,13 @@ def test_ignored_rows_count_for_nothing(device, options):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
+def test_one_column_is_certain(device, inplace):
+    logits, target = data(5, 1, torch.float32, device)
+    loss, gradient = run(cross_entropy, logits, target, inplace=inplace)
+    assert loss.abs() < 1e-7 and (gradient.abs() < 1e-6).all()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
 def test_impossible_labels_give_nan(device, inplace):
     logits, target = data(4, 37, torch.float32, device)
     target[:] = torch.tensor([3, 37, -1, 36], device=device)

@@ -1,0 +1,176 @@
+"""Time `rms_norm` beside its peers: ``python benchmarks/bench_rms_norm.py --output results.json``.
+
+Bytes a case must move: forward x and y, backward dy, x and dx, each with rstd and the weight; parts of the weight's
+gradient count as our overhead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from contest import Contest, Inputs, Operation, compare, host_times, show_host_times
+from timing import Row, ceilings, own_stream, parser, plot, set_count, show, tune, write
+from torch import Tensor
+
+from composer_kernels import _norm
+from composer_kernels._norm import Launch
+from composer_kernels.rms_norm import rms_norm
+
+EPS = 1e-5
+BF16 = torch.bfloat16
+QUICK = [(8192, 2048), (8192, 4096), (8192, 8192)]
+SHAPES = [*QUICK, (8192, 1024), (8192, 1536), (8192, 3072), (8192, 5120), (32768, 4096), (4096, 16384), (2048, 32768)]
+TUNED = [*QUICK, (8192, 1536), (4096, 16384)]
+
+
+def draw(rows: int, width: int) -> Inputs:
+    """X, weight and dy in bfloat16."""
+    x, dy = (torch.randn(rows, width, device="cuda", dtype=BF16) for _ in range(2))
+    return Inputs((x, (1 + 0.1 * torch.randn(width, device="cuda")).to(BF16)), (dy,))
+
+
+def exact(inputs: Inputs) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """(y,) and (dx, dweight) in float64."""
+    x, weight, dy = (tensor.detach().double() for tensor in (*inputs.leaves, *inputs.grads))
+    rstd = (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    g, normed = dy * weight, x * rstd
+    dx = rstd * (g - normed * (g * normed).mean(-1, keepdim=True))
+    return (normed * weight,), (dx, (dy * normed).sum(0))
+
+
+def contest(rows: int, width: int) -> Contest:
+    """The operation on one shape."""
+    statistics, tensor = 4 * rows + 2 * width, 2 * rows * width
+    sizes = (2 * tensor + statistics, 3 * tensor + statistics + 2 * width)
+    return Contest(f"{rows} x {width} bf16", *sizes, lambda: draw(rows, width), exact)
+
+
+def contenders(width: int) -> dict[str, Callable[[], Operation]]:
+    """Everyone who normalises."""
+    main_grad = torch.zeros(width, device="cuda")
+
+    def quack() -> Operation:
+        rmsnorm = importlib.import_module("quack.rmsnorm").rmsnorm
+        return lambda x, weight: rmsnorm(x, weight, eps=EPS)
+
+    def liger() -> Operation:
+        function = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
+        return lambda x, weight: function.apply(x, weight, EPS, 0.0, "llama", True)
+
+    def transformer_engine() -> Operation:
+        te = importlib.import_module("transformer_engine.pytorch")
+        module = te.RMSNorm(width, eps=EPS, params_dtype=BF16, device="cuda")
+        return lambda x, weight: torch.func.functional_call(module, {"weight": weight}, x)
+
+    def compiled() -> Operation:
+        torch._dynamo.reset()
+        return torch.compile(lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS), dynamic=False)
+
+    return {
+        "composer": lambda: lambda x, weight: rms_norm(x, weight, EPS),
+        "composer, main_grad": lambda: lambda x, weight: rms_norm(x, weight, EPS, main_grad=main_grad),
+        "quack": quack,
+        "liger": liger,
+        "te": transformer_engine,
+        "torch.compile": compiled,
+        "torch": lambda: lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
+    }
+
+
+def forward_launches(width: int) -> Iterator[Launch]:
+    """Launches worth timing for the forward kernel: 8 to 64 elements a thread, rows whole or, where wide, in parts."""
+    whole = 1 << (width - 1).bit_length()
+    for block in {whole, 8192} if width > 8192 else {whole}:
+        for rows, warps in itertools.product((1, 2, 4, 8), (2, 4, 8, 16, 32)):
+            if 8 <= rows * block / warps / 32 <= 64:
+                yield Launch(block, rows, warps)
+
+
+def backward_launches(width: int) -> Iterator[Launch]:
+    """Launches worth timing for the backward kernel: 8 to 32 elements a thread, up to 1024 threads a multiprocessor."""
+    whole = 1 << (width - 1).bit_length()
+    overlap = torch.cuda.get_device_capability() >= (9, 0)
+    for block in {whole, 4096, 8192} if width > 8192 else {whole}:
+        stages = 2 if block >= width else 1
+        for rows, warps, programs in itertools.product((1, 2, 4, 8), (4, 8, 16, 32), (1, 2, 3, 4)):
+            if 8 <= rows * block / warps / 32 <= 32 and programs * warps <= 32:
+                yield Launch(block, rows, warps, stages, programs, overlap=overlap)
+
+
+def backward_variants(best: Launch) -> Iterator[Launch]:
+    """The best with each of its lesser settings changed."""
+    yield replace(best, overlap=not best.overlap)
+    yield replace(best, pin=not best.pin)
+    for stages in (1, 2, 3, 4):
+        yield replace(best, stages=stages)
+        yield replace(best, stages=stages, pin=not best.pin)
+
+
+def tune_norm(rows: int, width: int, limit: float, stream: torch.dtype | None = None) -> list[Row]:
+    """Time launches of both kernels, best first; those of `add_rms_norm` where `stream` is a residual's type."""
+    sets = [draw(rows, width) for _ in range(set_count(4 * rows * width))]
+    xs, weight = [inputs.leaves[0].detach() for inputs in sets], sets[0].leaves[1].detach()
+    residuals = [None if stream is None else torch.randn(rows, width, device="cuda").to(stream) for _ in sets]
+    _, _, rstd = _norm.launch_forward(xs[0], residuals[0], weight, EPS, False, BF16)
+    copy_dtype = BF16 if stream == torch.float32 else None
+    kind = "" if stream is None else f", {str(stream).removeprefix('torch.')} stream"
+
+    def forward(index: int, launch: Launch) -> Sequence[Tensor | None]:
+        return _norm.launch_forward(xs[index], residuals[index], weight, EPS, False, BF16, launch)
+
+    def backward(index: int, launch: Launch) -> Sequence[Tensor | None]:
+        residual = residuals[index]
+        total = xs[index] if residual is None else residual
+        settings = (rstd, False, True, None, copy_dtype, launch)
+        return _norm.launch_backward(sets[index].grads[0], residual, total, weight, *settings)
+
+    size = 0 if stream is None else stream.itemsize
+    forward_bytes = (4 + 2 * size) * rows * width
+    backward_bytes = (6 if stream is None else 2 + 3 * size + (0 if copy_dtype is None else 2)) * rows * width
+    best_forward = tune(
+        f"forward {rows} x {width}{kind}",
+        forward_bytes,
+        limit,
+        forward,
+        _norm.forward_launch(width),
+        forward_launches(width),
+    )
+    best_backward = tune(
+        f"backward {rows} x {width}{kind}",
+        backward_bytes,
+        limit,
+        backward,
+        _norm.backward_launch(width),
+        backward_launches(width),
+        backward_variants,
+    )
+    return best_forward + best_backward
+
+
+def main() -> None:
+    """Run from the command line."""
+    options = parser("Time rms_norm beside its peers.").parse_args()
+    rows: list[Row] = []
+    host: dict[str, dict[str, float]] = {}
+    with own_stream():
+        limits = ceilings()
+        if options.tune:
+            for count, width in QUICK if options.quick else TUNED:
+                rows += tune_norm(count, width, limits.copy)
+        else:
+            for count, width in QUICK if options.quick else SHAPES:
+                rows += compare(contest(count, width), contenders(width), limits.copy)
+            host = host_times(contest(16, 4096), contenders(4096))
+    show(rows, limits)
+    show_host_times(host)
+    write(options.output, "rms_norm", rows, limits, {"host_us": host})
+    plot(options.plot, "rms_norm", rows)
+
+
+if __name__ == "__main__":
+    main()

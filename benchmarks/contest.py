@@ -1,0 +1,127 @@
+"""One operation, many implementations: forward and backward through autograd, checked against float64 and timed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from timing import Call, Row, contend, host_seconds, relative_error, set_count
+from torch import Tensor
+
+Operation = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one call works on.
+
+    Attributes:
+        leaves: Arguments, which want gradients.
+        grads: Gradients of the results.
+    """
+
+    leaves: tuple[Tensor, ...]
+    grads: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        """Let the leaves want gradients."""
+        for leaf in self.leaves:
+            leaf.requires_grad_()
+
+
+@dataclass(frozen=True)
+class Contest:
+    """An operation on one shape.
+
+    Attributes:
+        shape: For people.
+        forward_bytes: The fewest bytes that the forward pass can move.
+        backward_bytes: Likewise the backward pass.
+        draw: Makes random inputs.
+        exact: Results and gradients of the leaves in float64.
+    """
+
+    shape: str
+    forward_bytes: float
+    backward_bytes: float
+    draw: Callable[[], Inputs]
+    exact: Callable[[Inputs], tuple[Sequence[Tensor], Sequence[Tensor]]]
+
+
+def compare(contest: Contest, contenders: dict[str, Callable[[], Operation]], limit: float) -> Iterator[Row]:
+    """Time all contenders forward and backward.
+
+    Args:
+        contest: What to do.
+        contenders: Each imports what it needs when called; where that fails the row says why.
+        limit: Ceiling in bytes/s.
+    """
+    sets = [contest.draw() for _ in range(set_count(min(contest.forward_bytes, contest.backward_bytes)))]
+    results, gradients = contest.exact(sets[0])
+    for name, load in contenders.items():
+        try:
+            operation = load()
+            errors = _errors(operation, sets[0], results, gradients)
+        except Exception as failure:  # an absent peer must not end the comparison
+            yield Row(contest.shape, name, contest.forward_bytes, note=f"{type(failure).__name__}: {failure}"[:160])
+            continue
+        for direction, make, moved, error in (
+            ("forward", forward_call, contest.forward_bytes, errors[0]),
+            ("backward", backward_call, contest.backward_bytes, errors[1]),
+        ):
+            calls = functools.partial(_call_on, make, operation, sets)
+            yield contend(f"{direction} {contest.shape}", name, moved, limit, calls, error=error)
+
+
+def host_times(contest: Contest, contenders: dict[str, Callable[[], Operation]]) -> dict[str, dict[str, float]]:
+    """The host's microseconds a call by contender and direction; the contest should be a tiny one."""
+    inputs = contest.draw()
+    times: dict[str, dict[str, float]] = {}
+    for name, load in contenders.items():
+        try:
+            operation = load()
+            forward, backward = forward_call(operation, inputs), backward_call(operation, inputs)
+            with torch.no_grad():
+                inference = host_seconds(forward)
+            seconds = {"inference": inference, "forward": host_seconds(forward), "backward": host_seconds(backward)}
+            times[name] = {what: 1e6 * value for what, value in seconds.items()}
+        except Exception as failure:
+            print(f"no host time of {name}: {type(failure).__name__}: {failure}"[:160])
+    return times
+
+
+def show_host_times(times: dict[str, dict[str, float]]) -> None:
+    """Print them."""
+    for name, by_direction in times.items():
+        print(f"host us a call, {name:20} " + ", ".join(f"{what} {us:.1f}" for what, us in by_direction.items()))
+
+
+def forward_call(operation: Operation, inputs: Inputs) -> Call:
+    """The forward pass, as in training."""
+    return lambda: operation(*inputs.leaves)
+
+
+def backward_call(operation: Operation, inputs: Inputs) -> Call:
+    """The backward pass of a forward pass done here, on gradients of its own: a peer may write over them."""
+    results, grads = operation(*inputs.leaves), tuple(grad.clone() for grad in inputs.grads)
+    return lambda: torch.autograd.grad(results, inputs.leaves, grads, retain_graph=True, allow_unused=True)
+
+
+def _call_on(
+    make: Callable[[Operation, Inputs], Call], operation: Operation, sets: Sequence[Inputs], index: int
+) -> Call:
+    return make(operation, sets[index])
+
+
+def _errors(
+    operation: Operation, inputs: Inputs, results: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> tuple[float, float]:
+    """The largest of the results and of the gradients; a gradient that went elsewhere does not count."""
+    got = operation(*inputs.leaves)
+    got = got if isinstance(got, tuple) else (got,)
+    back = torch.autograd.grad(got, inputs.leaves, tuple(grad.clone() for grad in inputs.grads), allow_unused=True)
+    forward_error = max(relative_error(one, exact) for one, exact in zip(got, results, strict=True))
+    pairs = zip(back, gradients, strict=True)
+    return forward_error, max(relative_error(one, exact) for one, exact in pairs if one is not None)

@@ -1,0 +1,337 @@
+"""Timing operations on a GPU: cold caches, CUDA graph and eager, against ceilings measured in the same process.
+
+Used by the scripts ``bench_<op>.py`` beside it. Each describes its cases and contenders; this module times them one
+after another, prints a table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from composer_megatron.env import environment
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this GPU does at best, in bytes/s (each byte read or written counts) and FLOP/s."""
+
+    copy: float
+    read: float
+    gemm: float | None
+
+
+@dataclass
+class Row:
+    """One contender in one case; times in seconds, None where there is none, and then `note` says why.
+
+    Attributes:
+        case: What is done, on which shape.
+        name: The contender.
+        bytes: The fewest the case can move through memory.
+        graph: Median time in a CUDA graph.
+        eager: Median time launched one by one, GPU kept busy.
+        fraction: Of the ceiling that `bytes` (or FLOPs) and `graph` make.
+        peak: Bytes allocated during a call beyond its inputs.
+        error: Of the result against float64, as a norm relative to it.
+        note: What there is to say.
+    """
+
+    case: str
+    name: str
+    bytes: float
+    graph: float | None = None
+    eager: float | None = None
+    fraction: float | None = None
+    peak: int | None = None
+    error: float | None = None
+    note: str = ""
+
+
+@contextmanager
+def own_stream() -> Iterator[None]:
+    """Run on a stream other than the default one, as capturing a backward pass needs; says what lacks a GPU."""
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks need a CUDA GPU, and there is none")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.synchronize()
+
+
+def set_count(bytes_moved: float) -> int:
+    """How many sets of inputs must take turns so that none is found in the L2 cache."""
+    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return max(2, math.ceil(4 * cache / max(1.0, bytes_moved)))
+
+
+def measure(calls: Sequence[Call], *, graph: bool, seconds: float = 0.15) -> float:
+    """Median seconds of one call.
+
+    Args:
+        calls: The same work on different buffers, which take turns (`set_count`); results live for a turn.
+        graph: Whether to replay a CUDA graph of them; else each is launched from Python.
+        seconds: How long to measure, about.
+    """
+    _take_turns(calls, 2)
+    turn = _elapsed(lambda: _take_turns(calls, 1))
+    turns = max(1, math.ceil(2e-3 / turn))
+    run = functools.partial(_take_turns, calls, turns)
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured, stream=torch.cuda.current_stream()):
+            _take_turns(calls, turns)
+        run = functools.partial(captured.replay)
+        run()
+    samples = min(100, max(7, math.ceil(seconds / (turn * turns))))
+    return statistics.median(_elapsed(run) for _ in range(samples)) / turns / len(calls)
+
+
+def _take_turns(calls: Sequence[Call], turns: int) -> None:
+    for _ in range(turns):
+        results = [call() for call in calls]
+    del results
+
+
+def _elapsed(run: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def host_seconds(call: Call, calls: int = 300) -> float:
+    """Median over five rounds of the host's time for a call whose GPU work is so small that it never waits."""
+    for _ in range(20):
+        call()
+    rounds = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        rounds.append((time.perf_counter() - start) / calls)
+    torch.cuda.synchronize()
+    return statistics.median(rounds)
+
+
+def peak_bytes(call: Call) -> int:
+    """Bytes that a call allocates at its peak beyond what was there."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def copy_bandwidth(gigabytes: float = 1.0) -> float:
+    """Bytes a second of a copy within the GPU's memory, bytes read and bytes written counted."""
+    source = torch.randn(int(gigabytes * 2**29), device="cuda", dtype=torch.float32).view(torch.bfloat16)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / measure([functools.partial(target.copy_, source)], graph=True)
+
+
+def read_bandwidth(gigabytes: float = 1.0) -> float:
+    """Bytes a second of a sum over the GPU's memory."""
+    source = torch.randn(int(gigabytes * 2**28), device="cuda")
+    return source.nbytes / measure([functools.partial(torch.sum, source)], graph=True)
+
+
+def gemm_rate(size: int = 8192) -> float:
+    """FLOP/s of a square bfloat16 matrix product of random numbers."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / measure([functools.partial(torch.mm, a, b)], graph=True)
+
+
+def ceilings(*, gemm: bool = False) -> Ceilings:
+    """Measure them."""
+    return Ceilings(copy_bandwidth(), read_bandwidth(), gemm_rate() if gemm else None)
+
+
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """‖result − exact‖ / ‖exact‖ in float64; NaN anywhere makes it NaN."""
+    exact = exact.double()
+    return float((result.detach().double() - exact).norm() / exact.norm().clamp_min(1e-300))
+
+
+def contend(
+    case: str,
+    name: str,
+    bytes_moved: float,
+    ceiling: float,
+    make: Callable[[int], Call],
+    *,
+    work: float | None = None,
+    error: float | None = None,
+) -> Row:
+    """Time one contender.
+
+    Args:
+        case: What is done, on which shape.
+        name: The contender.
+        bytes_moved: The fewest bytes the case can move.
+        ceiling: Bytes/s, or FLOP/s where `work` is given.
+        make: Builds the call on the inputs of that index; what it raises becomes the row's note.
+        work: FLOPs of the case, where these decide and not its bytes.
+        error: Of the contender's result, to put in the row.
+    """
+    row = Row(case, name, bytes_moved, error=error)
+    try:
+        calls = [make(index) for index in range(set_count(bytes_moved))]
+        calls[0]()
+        row.peak = peak_bytes(calls[0])
+        row.eager = measure(calls, graph=False)
+        row.graph = measure(calls, graph=True)
+        row.fraction = (work or bytes_moved) / ceiling / row.graph
+    except Exception as failure:  # a contender that is absent or fails must not end the comparison
+        reason = (str(failure).strip() or "no message").splitlines()[0]
+        row.note = f"{type(failure).__name__}: {reason}"[:160]
+        torch.cuda.synchronize()
+    return row
+
+
+def tune[L](
+    case: str,
+    bytes_moved: float,
+    ceiling: float,
+    call: Callable[[int, L], Sequence[Tensor | None]],
+    default: L,
+    launches: Iterable[L],
+    refine: Callable[[L], Iterable[L]] = lambda best: (),
+    show_best: int = 5,
+) -> list[Row]:
+    """Time launch configurations of one kernel, best first.
+
+    Args:
+        case: What is done, on which shape.
+        bytes_moved: The fewest bytes the case can move.
+        ceiling: Bytes/s.
+        call: Runs the operation on the inputs of that index with that launch.
+        default: The launch that is used today; its results are what the others must give.
+        launches: What to time first.
+        refine: Variants of the best two of these, to time then.
+        show_best: How many rows to return, besides the default's and those of launches with wrong results.
+    """
+    wanted = call(0, default)
+    rows: dict[L, Row] = {}
+
+    def time_launch(launch: L) -> None:
+        row = rows[launch] = Row(case, "default" if launch == default else "", bytes_moved, note=_settings(launch))
+        try:
+            pairs = zip(call(0, launch), wanted, strict=True)
+            row.error = max(relative_error(a, b) for a, b in pairs if a is not None and b is not None)
+            turns = [functools.partial(call, index, launch) for index in range(set_count(bytes_moved))]
+            row.graph = measure(turns, graph=True, seconds=0.02)
+            row.fraction = bytes_moved / ceiling / row.graph
+        except Exception as failure:  # too many registers or too much shared memory for this GPU
+            row.note += f" {type(failure).__name__}: {failure}"[:120]
+
+    def ranked() -> list[tuple[L, Row]]:
+        return sorted(rows.items(), key=lambda item: item[1].graph or math.inf)
+
+    for launch in dict.fromkeys((default, *launches)):
+        time_launch(launch)
+    for best, _ in ranked()[:2]:
+        for launch in refine(best):
+            if launch not in rows:
+                time_launch(launch)
+    places = enumerate(row for _, row in ranked())
+    return [row for place, row in places if place < show_best or row.name or (row.error or 0) > 0.01]
+
+
+def _settings(launch: object) -> str:
+    """A launch without the name of its class, to keep the table narrow."""
+    return str(launch).partition("(")[2].rstrip(")")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that all benchmark scripts have."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--quick", action="store_true", help="few shapes")
+    options.add_argument("--tune", action="store_true", help="time launch configurations instead of contenders")
+    options.add_argument("--output", type=Path, help="write all figures there as JSON")
+    options.add_argument("--plot", type=Path, help="write a chart of the fractions there (needs matplotlib)")
+    return options
+
+
+def show(rows: Sequence[Row], limits: Ceilings) -> None:
+    """Print the ceilings and a table."""
+    gemm = f", GEMM {limits.gemm / 1e12:.0f} TFLOP/s" if limits.gemm else ""
+    print(f"ceilings: copy {limits.copy / 1e12:.3f} TB/s, read {limits.read / 1e12:.3f} TB/s{gemm}")
+    print(f"{'case':42} {'contender':18} {'graph us':>9} {'eager us':>9} {'of limit':>8} {'peak MB':>8} {'error':>8}")
+    for row in rows:
+        cells = (
+            _cell(row.graph, 1e6, "9.1f"),
+            _cell(row.eager, 1e6, "9.1f"),
+            _cell(row.fraction, 1, "8.3f"),
+            _cell(row.peak, 1e-6, "8.1f"),
+            _cell(row.error, 1, "8.1e"),
+        )
+        print(f"{row.case:42} {row.name:18} {' '.join(cells)} {row.note}")
+
+
+def _cell(value: float | None, scale: float, form: str) -> str:
+    width = int(form.partition(".")[0])
+    return "-".rjust(width) if value is None else format(value * scale, form)
+
+
+def write(path: Path | None, op: str, rows: Sequence[Row], limits: Ceilings, extra: dict[str, Any]) -> None:
+    """Write everything as JSON, with the environment it was measured in."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    measured = {
+        "op": op,
+        "date": time.strftime("%Y-%m-%d"),
+        "gpu": torch.cuda.get_device_name(),
+        "ceilings": asdict(limits),
+        "rows": [asdict(row) for row in rows],
+        **extra,
+        "environment": environment(),
+    }
+    path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+
+
+def plot(path: Path | None, op: str, rows: Sequence[Row]) -> None:
+    """Draw the fractions of the ceiling as bars, grouped by case; says so where matplotlib is missing."""
+    if path is None:
+        return
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    drawn = [row for row in rows if row.fraction is not None]
+    figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.22 * len(drawn)))
+    colors = {name: f"C{index % 10}" for index, name in enumerate(dict.fromkeys(row.name for row in drawn))}
+    labels = [f"{row.case}  {row.name}" for row in drawn]
+    axes.barh(range(len(drawn)), [row.fraction or 0 for row in drawn], color=[colors[row.name] for row in drawn])
+    axes.set_yticks(range(len(drawn)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xlabel("fraction of the measured ceiling")
+    axes.set_title(f"{op} on {torch.cuda.get_device_name()}")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
