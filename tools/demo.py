@@ -37,6 +37,7 @@ class Size:
     preset: str
     budget: int
     initial: int
+    workers: int
     steps: int
     batch: int
     micro_batch: int
@@ -46,9 +47,9 @@ class Size:
 
 
 SIZES = {
-    "smoke": Size("tiny", "smoke", 6, 3, 250, 8, 4, 64, 1e-2, 1_500_000),
-    "cpu": Size("demo", "demo", 16, 6, 500, 8, 2, 128, 3e-3, 8_000_000),
-    "gpu": Size("60m", "demo", 32, 8, 600, 64, 16, 1024, 1e-3, 60_000_000),
+    "smoke": Size("tiny", "smoke", 6, 3, 2, 200, 8, 4, 64, 1e-2, 1_500_000),
+    "cpu": Size("demo", "demo", 16, 6, 2, 500, 8, 2, 128, 3e-3, 8_000_000),
+    "gpu": Size("60m", "demo", 32, 8, 8, 600, 64, 16, 1024, 1e-3, 60_000_000),
 }
 MODELS = ("composite", "baseline")
 PROMPTS = ("def ", "import os\n", "class Stack:\n    ")
@@ -98,7 +99,7 @@ def _prepare_text(demo: Demo, size: Size) -> None:
 def _search(output: Path, size: Size) -> None:
     study = str(output / "study")
     numbers = ["--length", "6", "--budget", str(size.budget), "--initial", str(size.initial)]
-    _composer("search", study, "--preset", size.preset, "--workers", "2", *numbers)
+    _composer("search", study, "--preset", size.preset, "--workers", str(size.workers), *numbers)
     _composer("aggregate", study)
 
 
