@@ -49,7 +49,7 @@ class Size:
 SIZES = {
     "smoke": Size("tiny", "smoke", 6, 3, 2, 200, 8, 4, 64, 1e-2, 1_500_000),
     "cpu": Size("demo", "demo", 16, 6, 2, 500, 8, 2, 128, 3e-3, 8_000_000),
-    "gpu": Size("60m", "demo", 32, 8, 8, 600, 64, 16, 1024, 1e-3, 60_000_000),
+    "gpu": Size("60m", "demo", 32, 8, 8, 300, 64, 16, 1024, 1e-3, 60_000_000),
 }
 MODELS = ("composite", "baseline")
 PROMPTS = ("def ", "import os\n", "class Stack:\n    ")

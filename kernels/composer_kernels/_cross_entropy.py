@@ -135,7 +135,7 @@ def _row_terms(
 
 @triton.jit
 def _slope_tile(
-    logits: tl.tensor, out: tl.tensor, first: tl.tensor, inside: tl.tensor, terms: Tensors, softcap: tl.tensor,
+    logits: tl.tensor, out: tl.tensor, first: tl.tensor, inside: tl.tensor, terms: tl.tuple, softcap: tl.tensor,
     SOFTCAP: tl.constexpr, PRECISE: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, POLICY: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write the gradient of a tile from position `first` of the row at the pointers; the label is a position, too."""
