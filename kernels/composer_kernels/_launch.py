@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -133,3 +134,36 @@ class Kernel:
         compiled = self.function[(programs,)](*tensors, *strides, *counts, *floats, *constants, **dict(options))
         if regular:
             self._variants[variant] = compiled
+
+
+class _Final(torch.autograd.Function):
+    """Hands a gradient on, and raises where that is differentiated. `source` makes it part of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, source: Tensor, op: str) -> Tensor:
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(f"{ctx.op}: its gradient cannot be differentiated; {ctx.op}_reference's can")
+
+
+def differentiable_once(op: str) -> Callable[[Callable[..., tuple[Any, ...]]], Callable[..., tuple[Any, ...]]]:
+    """Decorate the backward of the operation called `op`, so that differentiating its results raises.
+
+    PyTorch's `once_differentiable` lets that pass unseen where the upstream gradient is a constant.
+    """
+
+    def decorate(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+        def backward_once(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return backward(ctx, *upstream)
+            with torch.no_grad():
+                gradients = backward(ctx, *upstream)
+            source = torch.empty(0, requires_grad=True)
+            return tuple(None if x is None else _Final.apply(x, source, op) for x in gradients)
+
+        return backward_once
+
+    return decorate

@@ -29,8 +29,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from composer_kernels._launch import differentiable_once
 from composer_kernels._norm_op import backward, check, forward, wide
 from composer_kernels.rms_norm import rms_norm_reference
 
@@ -54,7 +54,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return y, total
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("add_rms_norm")
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         if dy is None:  # y went unused
             return dtotal if ctx.copy_dtype is None else dtotal.to(ctx.copy_dtype), dtotal, None, None, None, None

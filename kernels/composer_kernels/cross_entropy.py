@@ -25,7 +25,6 @@ host synchronisation. Every sum has a fixed order: equal calls give equal bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from composer_kernels._cross_entropy import LossTerms, gradient_into, loss_and_gradient_into, losses, rescale_
-from composer_kernels._launch import DTYPES, describe
+from composer_kernels._launch import DTYPES, describe, differentiable_once
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -72,39 +71,6 @@ def _one_pass(logits: Tensor, target: Tensor, scale: Tensor, terms: list[float])
 @_one_pass.register_fake
 def _(logits: Tensor, target: Tensor, scale: Tensor, terms: list[float]) -> tuple[Tensor, Tensor]:
     return scale.new_empty(target.shape), torch.empty_like(logits)
-
-
-class _Final(torch.autograd.Function):
-    """Hands a gradient on, and raises where that is differentiated. `source` makes it part of the graph."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, source: Tensor, op: str) -> Tensor:
-        ctx.op = op
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
-        raise RuntimeError(f"{ctx.op}: its gradient cannot be differentiated; {ctx.op}_reference's can")
-
-
-def differentiable_once(op: str) -> Callable[[Callable[..., tuple[Any, ...]]], Callable[..., tuple[Any, ...]]]:
-    """Decorate the backward of the operation called `op`, so that differentiating its results raises.
-
-    PyTorch's `once_differentiable` lets that pass unseen where the upstream gradient is a constant.
-    """
-
-    def decorate(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-        def backward_once(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-                return backward(ctx, *upstream)
-            with torch.no_grad():
-                gradients = backward(ctx, *upstream)
-            source = torch.empty(0, requires_grad=True)
-            return tuple(None if x is None else _Final.apply(x, source, op) for x in gradients)
-
-        return backward_once
-
-    return decorate
 
 
 class _TwoPasses(torch.autograd.Function):

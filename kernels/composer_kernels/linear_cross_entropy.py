@@ -32,11 +32,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from composer_kernels._cross_entropy import LossTerms, gradient_into, loss_and_gradient_into, losses, rescale_
-from composer_kernels._launch import DTYPES, describe
+from composer_kernels._launch import DTYPES, describe, differentiable_once
 from composer_kernels.cross_entropy import (
     check_loss,
     cross_entropy_reference,
-    differentiable_once,
     mean_scale,
     place_in,
 )

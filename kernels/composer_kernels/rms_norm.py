@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from composer_kernels._launch import differentiable_once
 from composer_kernels._norm_op import backward, check, forward, wide
 
 
@@ -42,7 +42,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("rms_norm")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         dx, _, dweight = backward(dy, None, x, weight, rstd, ctx.zero_centered, ctx.needs_input_grad[1], ctx.main_grad)

@@ -28,9 +28,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from composer_kernels._launch import Kernel, as_rows, check_dtypes, describe, runs_kernel
+from composer_kernels._launch import Kernel, as_rows, check_dtypes, describe, differentiable_once, runs_kernel
 
 
 @triton.jit
@@ -221,7 +220,7 @@ class _SwiGLU(torch.autograd.Function):
         return (_forward_op if torch.compiler.is_compiling() else _compute_forward)(gate, up, limit)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("swiglu")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         if torch.compiler.is_compiling():

@@ -51,8 +51,9 @@ def check(logits, target, inplace=(False, True), **options):
     """The error is at most twice that of PyTorch in the same dtype, or one rounding of the exact result."""
     exact = run(cross_entropy_reference, logits.double(), target, 1.5, **options)
     peer = run(same_in_torch, logits, target, 1.5, **options)
-    # A gradient rounded to nearest is off by half an eps an element; 4e-6 is fp32's exp of a difference of 20.
-    rounding = max(torch.finfo(logits.dtype).eps / 2, 4e-6)
+    # A gradient is rounded at most twice: when it is stored, and when the upstream gradient scales it in place.
+    # 4e-6 is fp32's exp of a difference of 20; 1 - tanh² of a softcap cancels all but a hundredth.
+    rounding = max(torch.finfo(logits.dtype).eps, 4e-6 if options.get("softcap") is None else 2e-5)
     for where in inplace:
         ours = run(cross_entropy, logits, target, 1.5, inplace=where, **options)
         # The loss: fp32 sums of numbers of its size; where several rows cancel, of theirs (at most 20 here).
@@ -151,7 +152,8 @@ def test_offsets_beyond_31_bits(device):
     values, target = data(2, 33, torch.bfloat16, device)
     rows.copy_(values)
     target[:] = 5
-    assert torch.equal(cross_entropy(rows, target), cross_entropy(values, target))
+    # The far rows are aligned otherwise, so that a GPU adds in another order: fp32 rounding.
+    torch.testing.assert_close(cross_entropy(rows, target), cross_entropy(values, target), rtol=1e-6, atol=0)
     for reduction in ("sum", "none"):
         rows.copy_(values)
         leaf = rows.detach().requires_grad_()
