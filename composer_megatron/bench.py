@@ -48,7 +48,7 @@ class Workload:
 def bench_training(composite: Architecture, workload: Workload) -> dict[str, Any]:
     """Median seconds a step, tokens/s and TFLOP/s (causal count) of the Composite and of its baseline.
 
-    Both models are in memory at once and take turns, so that a change of clocks meets both.
+    Both models are in memory at once and take turns, so that a change of clocks meets both. Ends this process's group.
     """
     models = {"composite": composite, "baseline": composite.baseline()}
     steps = {name: _training_step(architecture, workload) for name, architecture in models.items()}
@@ -57,6 +57,7 @@ def bench_training(composite: Architecture, workload: Workload) -> dict[str, Any
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _, name in itertools.product(range(workload.steps), models):
         seconds[name].append(_timed(steps[name]))
+    torch.distributed.destroy_process_group()
     rows = {name: _row(models[name], workload, seconds[name]) for name in models}
     return {
         "what": "training step: forward, loss, backward, AdamW; random tokens, one process",

@@ -4,6 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# Two targets started at once must not install into one .venv together: the second waits for the first.
+if command -v flock >/dev/null; then exec 9>.venv.lock; flock 9; fi
+
 stamp=.venv/.installed
 wanted=$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)
 if [ "${1:-}" != --force ] && [ "$(cat $stamp 2>/dev/null)" = "$wanted" ]; then exit 0; fi
