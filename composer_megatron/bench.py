@@ -19,7 +19,7 @@ import torch
 from composer_megatron.architecture import Architecture
 from composer_megatron.env import environment
 from composer_megatron.errors import UsageError
-from composer_megatron.model import build_model
+from composer_megatron.model import build_model, end_single_process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,9 @@ class Workload:
 def bench_training(composite: Architecture, workload: Workload) -> dict[str, Any]:
     """Median seconds a step, tokens/s and TFLOP/s (causal count) of the Composite and of its baseline.
 
-    Both models are in memory at once and take turns, so that a change of clocks meets both. Ends this process's group.
+    Both models are in memory at once and take turns, so that a change of clocks meets both.
     """
+    started_here = not torch.distributed.is_initialized()
     models = {"composite": composite, "baseline": composite.baseline()}
     steps = {name: _training_step(architecture, workload) for name, architecture in models.items()}
     for name, _ in itertools.product(models, range(workload.warmup)):
@@ -57,7 +58,8 @@ def bench_training(composite: Architecture, workload: Workload) -> dict[str, Any
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _, name in itertools.product(range(workload.steps), models):
         seconds[name].append(_timed(steps[name]))
-    torch.distributed.destroy_process_group()
+    if started_here:
+        end_single_process()
     rows = {name: _row(models[name], workload, seconds[name]) for name in models}
     return {
         "what": "training step: forward, loss, backward, AdamW; random tokens, one process",

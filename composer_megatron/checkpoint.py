@@ -83,7 +83,9 @@ class LoadedRun:
     def close(self) -> None:
         """End the process group, if loading started it; the model cannot run after that."""
         if self._started_group and torch.distributed.is_initialized():
-            _end_group()
+            from composer_megatron.model import end_single_process
+
+            end_single_process()
 
     def __enter__(self) -> Self:
         return self
@@ -130,7 +132,9 @@ def load_run(
             model, trained_length = _load_model(found, architecture, sequence_length, dtype)
     except BaseException:
         if not started_before and torch.distributed.is_initialized():
-            _end_group()
+            from composer_megatron.model import end_single_process
+
+            end_single_process()
         raise
     return LoadedRun(
         path=found.run_dir,
@@ -297,10 +301,3 @@ def _quietly() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)
-
-
-def _end_group() -> None:
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()

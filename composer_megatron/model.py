@@ -130,6 +130,12 @@ def initialize_single_process() -> None:
         parallel_state.initialize_model_parallel()
 
 
+def end_single_process() -> None:
+    """End the group of one that `initialize_single_process` started."""
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
 def initialize_weights(model: HybridModel, seed: int) -> None:
     """Draw the weights of a model, or of one rank's part of it, by the configuration's initialisers.
 
