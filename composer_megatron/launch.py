@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -115,14 +116,16 @@ class Launch:
                 process.terminate()
                 process.wait()
         if process.returncode:
-            raise ComposerError(_failure(log, start, process.returncode))
+            raise _failure(log, start, process.returncode)
 
 
-def _failure(log: Path, start: int, status: int) -> str:
+def _failure(log: Path, start: int, status: int) -> ComposerError:
     """What went wrong: the program's own message where there is one, else the log's last lines."""
     lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if errors:
-        return errors[0]
+        # torchrun ends with 1 whatever its processes end with, and tells their status in its report.
+        wrong_usage = any(re.match(r"\s*exitcode\s*:\s*2\b", line) for line in lines)
+        return UsageError(errors[0]) if wrong_usage else ComposerError(errors[0])
     shown = "\n".join(lines[-15:])
-    return f"{shown}\ntraining ended with exit status {status}; the whole log is {log}"
+    return ComposerError(f"{shown}\ntraining ended with exit status {status}; the whole log is {log}")

@@ -79,7 +79,7 @@ class Corpus:
             done += len(data)
             progress("read", done, None)
         if not sizes:
-            raise FileError(f"no text: {len(files)} file{'s' * (len(files) != 1)} with no document that is not empty")
+            raise FileError(f"no text in {len(files)} file{'s' * (len(files) != 1)}: every document is empty")
         lengths, places = np.array(sizes), np.array(order)
         kept = _choose(lengths, places, max_bytes)
         splits = _split(np.array(hashes), lengths, kept, valid_fraction)

@@ -87,6 +87,12 @@ def test_the_programs_own_message_is_shown_alone(monkeypatch: pytest.MonkeyPatch
         run("print('error: the text is empty'); raise SystemExit(1)", tmp_path, monkeypatch)
 
 
+def test_a_wrong_request_stays_one_through_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = "print('error: unknown argument'); print('  exitcode  : 2 (pid: 7)'); raise SystemExit(1)"
+    with pytest.raises(UsageError, match=r"^unknown argument$"):
+        run(program, tmp_path, monkeypatch)
+
+
 def test_otherwise_the_end_of_the_log_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ComposerError, match=r"(?s)ZeroDivisionError.*exit status 1; the whole log is .*train\.log"):
         run("1 / 0", tmp_path, monkeypatch)

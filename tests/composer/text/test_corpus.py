@@ -136,7 +136,7 @@ def test_the_training_sample_is_of_training_text(tmp_path: Path, limit: int) -> 
 
 def test_no_text_at_all(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n")
-    with pytest.raises(FileError, match="no text: 1 file with no document that is not empty"):
+    with pytest.raises(FileError, match="no text in 1 file: every document is empty"):
         scan(tmp_path / "a.txt")
 
 
