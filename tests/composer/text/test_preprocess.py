@@ -286,7 +286,7 @@ def test_bad_text_leaves_nothing(small: Path, tmp_path: Path) -> None:
         with pytest.raises(FileError, match=message):
             preprocess(paths, tmp_path / "out" / "text")
     small.write_text("\n\n")
-    with pytest.raises(FileError, match="no text: 1 file with no document"):
+    with pytest.raises(FileError, match="no text in 1 file"):
         preprocess([small], tmp_path / "out" / "text")
     with pytest.raises(FileError, match="cannot read the tokenizer"):
         preprocess([small], tmp_path / "out" / "text", tokenizer=tmp_path / "absent.json")
