@@ -93,13 +93,28 @@ def measure(calls: Sequence[Call], *, graph: bool, seconds: float = 0.15) -> flo
     turns = max(1, math.ceil(2e-3 / turn))
     run = functools.partial(_take_turns, calls, turns)
     if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured, stream=torch.cuda.current_stream()):
-            _take_turns(calls, turns)
+        captured = _capture(functools.partial(_take_turns, calls, turns))
         run = functools.partial(captured.replay)
         run()
     samples = min(100, max(7, math.ceil(seconds / (turn * turns))))
     return statistics.median(_elapsed(run) for _ in range(samples)) / turns / len(calls)
+
+
+def _capture(run: Call) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of a call.
+
+    Where the call cannot be captured, the generator of random numbers would go on taking its draws for captured ones,
+    and fail those who come later: it gets a new state.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            run()
+    except Exception:
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
+        raise
+    return graph
 
 
 def _take_turns(calls: Sequence[Call], turns: int) -> None:

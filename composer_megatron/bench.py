@@ -7,7 +7,6 @@ without communication. What a Composite saves depends on the sequence length, so
 from __future__ import annotations
 
 import itertools
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -72,12 +71,6 @@ def bench_training(composite: Architecture, workload: Workload) -> dict[str, Any
         "speedup": rows["composite"]["tokens_per_second"] / rows["baseline"]["tokens_per_second"],
         "environment": environment(),
     }
-
-
-def device_name() -> str:
-    """The device in a form that suits a folder's name, such as ``nvidia-h100-80gb-hbm3`` or ``cpu``."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _row(architecture: Architecture, workload: Workload, seconds: list[float]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.text import Text
 from tyro.conf import Positional, UseAppendAction
 
 from composer_megatron.architecture import Architecture
-from composer_megatron.display import console, print_costs, print_json, print_stages
+from composer_megatron.display import console, print_costs, print_json, print_stages, print_verdicts
 from composer_megatron.errors import ComposerError, UsageError
 from composer_megatron.files import read_json, write_json
 from composer_megatron.sequence import CompositeSequence
@@ -375,7 +375,9 @@ def bench_training(
     from composer_megatron.quiet import hush_imports
 
     hush_imports()
-    from composer_megatron.bench import Workload, bench_training as measure, device_name  # noqa: I001
+    from composer_megatron.bench import Workload
+    from composer_megatron.bench import bench_training as measure
+    from composer_megatron.env import device_name
     from composer_search import extrapolate as rules
 
     composite = rules.extrapolate(CompositeSequence.parse(sequence), load_shape(shape), method=method, match=match)
@@ -393,6 +395,38 @@ def bench_training(
         table.add_row(name, CompositeSequence.parse(row["sequence"]).notation, f"{row['params_total']:,}", *rates)
     console.print(table)
     console.print(f"composite over baseline: x{result['speedup']:.3f}; written to {output}")
+
+
+def bench_kernels(
+    *,
+    ops: tuple[str, ...] = (),
+    quick: bool = False,
+    tune: bool = False,
+    output: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Time our kernels beside their peers on this GPU; needs a checkout of the source.
+
+    Args:
+        ops: Operations such as rms_norm and swiglu; all by default.
+        quick: Few shapes.
+        tune: Time launch configurations instead of peers.
+        output: Folder of the JSON results; by default runs/bench/DEVICE.
+        json: Print one JSON object for programs at the end.
+    """
+    from composer_megatron import bench_kernels as bench
+    from composer_megatron.env import device_name
+
+    chosen = bench.choose(ops, bench.scripts())
+    output = output or Path("runs/bench") / device_name()
+    failed = bench.run(chosen, output, [flag for flag, wanted in (("--quick", quick), ("--tune", tune)) if wanted])
+    verdicts = [] if tune else bench.load(output, (op for op in chosen if op not in failed))
+    if json:
+        print_json([vars(verdict) for verdict in verdicts])
+    elif verdicts:
+        print_verdicts(verdicts)
+    if failed:
+        raise ComposerError(f"no result for {', '.join(failed)}: see the messages above; the others are in {output}")
 
 
 def report(
@@ -480,5 +514,18 @@ def _architecture(source: str, shape: str | None) -> Architecture:
     return Architecture(CompositeSequence.parse(source), load_shape(shape))
 
 
-COMMANDS = (search, aggregate, extrapolate, plan, train, generate, eval_, export, bench_training, report, env)
+COMMANDS = (
+    search,
+    aggregate,
+    extrapolate,
+    plan,
+    train,
+    generate,
+    eval_,
+    export,
+    bench_training,
+    bench_kernels,
+    report,
+    env,
+)
 """Every command, in the order in which help lists them; ``bench_…`` stand below ``bench``."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
 from composer_megatron.architecture import Architecture
+
+if TYPE_CHECKING:
+    from composer_megatron.bench_kernels import Verdict
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -55,3 +59,23 @@ def print_stages(summary: dict[str, Any]) -> None:
         f"balance (mean over slowest stage) {summary['balance']:.3f}; "
         f"with equal block counts {summary['balance_equal_split']:.3f}"
     )
+
+
+def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """Print kernel results (`composer_megatron.bench_kernels.verdicts`), the cases where a peer is faster in red."""
+    table = Table(title="our kernels beside their fastest peers", title_justify="left")
+    for heading in ("op", "case", "us", "of limit", "fastest peer", "peer / ours", ""):
+        table.add_column(heading, justify="left" if heading in ("op", "case", "fastest peer", "") else "right")
+    for verdict in verdicts:
+        slower = verdict.advantage is not None and verdict.advantage < 1
+        table.add_row(
+            verdict.op,
+            verdict.case,
+            "-" if verdict.seconds is None else f"{verdict.seconds * 1e6:,.1f}",
+            "-" if verdict.fraction is None else f"{verdict.fraction:.3f}",
+            verdict.peer or "none timed",
+            "-" if verdict.advantage is None else f"{verdict.advantage:.2f}",
+            verdict.note or ("slower" if slower else ""),
+            style="red" if slower else None,
+        )
+    console.print(table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from typing import Any
 
@@ -35,6 +36,14 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "gpus": _gpus(),
     }
+
+
+def device_name() -> str:
+    """The device in a form that suits a folder's name, such as ``nvidia-h100-80gb-hbm3`` or ``cpu``."""
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _version(package: str) -> str | None:

@@ -66,7 +66,8 @@ def test_greedy_decoding_with_the_cache_equals_the_full_pass() -> None:
 
 
 def test_throughput_measurement_runs() -> None:
-    from composer_megatron.bench import Workload, bench_training, device_name
+    from composer_megatron.bench import Workload, bench_training
+    from composer_megatron.env import device_name
 
     result = bench_training(ARCHITECTURE, Workload(seq_len=32, batch=2, warmup=1, steps=2))
     assert result["dtype"] == "bfloat16"

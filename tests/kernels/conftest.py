@@ -141,6 +141,30 @@ def assert_as_good() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Non
     return check
 
 
+@pytest.fixture
+def assert_capturable() -> Callable[[Callable[[], Sequence[torch.Tensor]]], None]:
+    """Check that a step never waits for the GPU, and that a CUDA graph of it gives the same results, bit for bit.
+
+    The step has to make its leaves itself, since their autograd nodes belong to the capturing stream.
+    """
+
+    def check(step: Callable[[], Sequence[torch.Tensor]]) -> None:
+        wanted = step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        graph.replay()
+        for one, two in zip(captured, wanted, strict=True):
+            assert torch.equal(one, two)
+
+    return check
+
+
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
