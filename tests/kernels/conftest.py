@@ -80,13 +80,17 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _mended_interpreter() -> None:
-    """Mend Triton 3.6's interpreter: loop bounds under NumPy 2.5, and rounding to bfloat16, which it cuts off."""
+    """Mend Triton 3.6's interpreter: loop bounds under NumPy 2.5, and bfloat16.
+
+    It cuts off where it should round to bfloat16, and multiplies matrices of the integers that stand for the numbers.
+    """
     if not INTERPRETING:
         return
     from triton import language as tl
     from triton.runtime import interpreter
 
     patch_tensor, convert = interpreter._patch_lang_tensor, interpreter._convert_float
+    multiply = interpreter.InterpreterBuilder.create_dot
 
     def patch_tensor_and_index(tensor, scope):
         patch_tensor(tensor, scope)
@@ -99,6 +103,16 @@ def _mended_interpreter() -> None:
             return torch.from_numpy(values.copy()).view(torch.bfloat16).float().numpy().view("uint32")
         return convert(values, source, target, rounding)
 
+    def multiply_numbers(builder, a, b, *args):
+        a, b = (
+            interpreter.TensorHandle(convert_to_nearest(x.data, tl.bfloat16, tl.float32, None).view("f4"), tl.float32)
+            if x.dtype.scalar == tl.bfloat16
+            else x
+            for x in (a, b)
+        )
+        return multiply(builder, a, b, *args)
+
+    interpreter.InterpreterBuilder.create_dot = multiply_numbers
     interpreter._patch_lang_tensor = patch_tensor_and_index
     interpreter._convert_float = convert_to_nearest
 
