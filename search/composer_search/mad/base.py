@@ -36,15 +36,12 @@ class Sampler(ABC):
     Attributes:
         vocab_size: Tokens are in [0, vocab_size), special ones and noise included.
         seq_len: Length in tokens that the task is named by; `length` is the length of the arrays.
-        reference_behaviour: Generate as the published code does (athms/mad-lab), defects included. Each sampler says
-            what that changes.
     """
 
     task: ClassVar[str]
 
     vocab_size: int
     seq_len: int
-    reference_behaviour: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values of the wrong kind, then impossible combinations."""
@@ -63,7 +60,7 @@ class Sampler(ABC):
             if is_bool or not isinstance(value, int | float | np.number):
                 raise self.refusal(name, "expected a number")
             return float(value)
-        least = 0 if name == "noise_vocab_size" else 1
+        least = 0 if name in ("noise_vocab_size", "test_seq_len") else 1
         if is_bool or not isinstance(value, int | np.integer) or not least <= value <= MAX_SIZE:
             raise self.refusal(name, f"expected a whole number from {least} to {MAX_SIZE}")
         return int(value)
@@ -78,8 +75,13 @@ class Sampler(ABC):
 
     @property
     def length(self) -> int:
-        """Second dimension of the arrays."""
+        """Second dimension of the training arrays."""
         return self.seq_len
+
+    @property
+    def scored_length(self) -> int:
+        """Second dimension of the other arrays; longer where a task asks for more than training showed."""
+        return self.length
 
     @abstractmethod
     def draw(self, rng: Generator, shared: Generator, n: int, *, train: bool) -> Pair:
@@ -92,12 +94,50 @@ class Sampler(ABC):
             train: Training sequences and targets, else those that are scored.
 
         Returns:
-            Inputs and targets, int64 [n, length]; targets are `IGNORE` where nothing is scored.
+            Inputs and targets, int64 [n, length], or [n, scored_length] where not `train`; targets are `IGNORE` where
+            nothing is scored.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoisySampler(Sampler):
+class MadSampler(Sampler):
+    """A task of MAD, which has a published generator.
+
+    Attributes:
+        reference_behaviour: Generate as the published code does (athms/mad-lab), defects included. Each sampler says
+            what that changes.
+    """
+
+    reference_behaviour: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtrapolatingSampler(Sampler):
+    """A task that can ask, once trained, for longer sequences than it trained on.
+
+    Attributes:
+        test_seq_len: Length of validation and test sequences; 0 for that of training.
+    """
+
+    test_seq_len: int = 0
+
+    def size(self, *, train: bool) -> int:
+        """Length of a sequence."""
+        return self.seq_len if train or not self.test_seq_len else self.test_seq_len
+
+    @property
+    def scored_length(self) -> int:
+        """Length of validation and test sequences."""
+        return self.size(train=False)
+
+    def check(self) -> None:
+        """Longer means longer."""
+        if self.test_seq_len and self.test_seq_len < self.seq_len:
+            raise self.refusal("test_seq_len", f"expected 0, or at least seq_len={self.seq_len}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisySampler(MadSampler):
     """A task whose sequences can hold noise: tokens of a range of their own, between content and special tokens.
 
     Attributes:

@@ -51,7 +51,9 @@ def _read(path: Path, request: Request) -> dict[str, Pair] | None:
             }
     except Exception:  # a damaged zip can raise nearly anything, and all of it means: generate again
         return None
-    shapes = {part: (number, request.sampler.length) for part, number in request.counts.items()}
+    lengths = {"train": request.sampler.length, "valid": request.sampler.scored_length}
+    lengths["test"] = lengths["valid"]
+    shapes = {part: (number, lengths[part]) for part, number in request.counts.items()}
     whole = all(array.shape == shapes[part] for part, arrays in parts.items() for array in arrays)
     return parts if whole else None
 

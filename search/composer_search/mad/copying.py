@@ -8,11 +8,11 @@ from typing import ClassVar
 import numpy as np
 from numpy.random import Generator
 
-from composer_search.mad.base import IGNORE, Pair, Sampler
+from composer_search.mad.base import IGNORE, MadSampler, Pair
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectiveCopying(Sampler):
+class SelectiveCopying(MadSampler):
     """Content among blanks, a copy token, then as many blanks as there is content to repeat there.
 
     The seq_len - 2·num_tokens_to_copy - 1 blanks of the first part fall before the content tokens, each before one

@@ -34,7 +34,7 @@ def dataset(task: str, n_train: int, n_test: int, seed: int, *, n_valid: int = 0
     the test asks for the facts that were trained, in other sequences.) Within a part, sequences may repeat by chance.
 
     Args:
-        task: A name of `TASKS`.
+        task: A name of `TASKS` or `PROXIES`.
         n_train: Training sequences.
         n_test: Test sequences.
         seed: A whole number of at least 0.
@@ -43,7 +43,7 @@ def dataset(task: str, n_train: int, n_test: int, seed: int, *, n_valid: int = 0
 
     Returns:
         ``train``, ``valid`` if asked for, and ``test``: each inputs and targets, int64 [n, length]. Targets of -100 are
-        not scored.
+        not scored. Where a task asks for longer sequences than it trains on, so are ``valid`` and ``test``.
 
     Raises:
         UsageError: For an unknown task or setting, an impossible value, or settings with so few different sequences

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from composer_search.mad.base import Pair
 from composer_search.mad.cache import cached_dataset
 from composer_search.mad.data import dataset
-from composer_search.mad.tasks import TASKS, Value
+from composer_search.mad.tasks import TASKS, Value, find_task
 
 _FEWER_EXAMPLES = (6_400, 3_200, 1_600, 800)
 
@@ -54,7 +54,7 @@ class Setting:
     """One task at one difficulty.
 
     Attributes:
-        task: A name of `TASKS`.
+        task: A name of `TASKS` or `PROXIES`.
         n_train: Training sequences.
         n_test: Test sequences.
         changes: Settings that differ from the baseline, by name; pairs, so that a setting can be hashed and pickled.
@@ -73,7 +73,7 @@ class Setting:
     @property
     def name(self) -> str:
         """The task and what differs from its baseline: ``in-context-recall vocab_size=32``."""
-        examples = (("n_train", self.n_train),) if self.n_train != TASKS[self.task].n_train else ()
+        examples = (("n_train", self.n_train),) if self.n_train != find_task(self.task).n_train else ()
         return " ".join([self.task, *(f"{name}={value}" for name, value in examples + self.changes)])
 
     def dataset(self, seed: int, *, n_valid: int = 0, cache_dir: Path | None = None) -> dict[str, Pair]:

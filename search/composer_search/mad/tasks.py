@@ -1,4 +1,4 @@
-"""The MAD tasks in one table, and the way from a name and settings to a `Sampler`."""
+"""The tasks in two tables, MAD's six and ours, and the way from a name and settings to a `Sampler`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from composer_megatron.errors import UsageError
+from composer_search.mad.associative import MultiQueryRecall
 from composer_search.mad.base import Sampler
 from composer_search.mad.compression import Compression
 from composer_search.mad.copying import SelectiveCopying
 from composer_search.mad.fuzzy import FuzzyInContextRecall
 from composer_search.mad.memorization import Memorization
 from composer_search.mad.recall import InContextRecall, NoisyInContextRecall
+from composer_search.mad.state_tracking import Parity, Permutations3, Permutations5
+from composer_search.mad.variables import VariableTracking
 
 type Value = int | float | bool
 """A setting's value."""
@@ -23,7 +26,7 @@ type Value = int | float | bool
 
 @dataclass(frozen=True)
 class Task:
-    """One task of the benchmark.
+    """One task.
 
     Attributes:
         sampler: Its generator; the fields are its settings, their defaults the baseline.
@@ -72,15 +75,31 @@ TASKS = MappingProxyType({row.name: row for row in _ROWS})
 """The six tasks of MAD by name, in the order in which reports list them."""
 
 
+PROXIES = MappingProxyType(
+    {
+        row.name: row
+        for row in (
+            Task(MultiQueryRecall),
+            Task(Parity),
+            Task(Permutations3),
+            Task(Permutations5),
+            Task(VariableTracking),
+        )
+    }
+)
+"""Tasks beside MAD's, on which primitives with a state differ from attention; not part of MAD's score."""
+
+
 def find_task(name: str) -> Task:
-    """The row of a task.
+    """The row of a task of either table.
 
     Raises:
         UsageError: With the nearest name, if there is no such task.
     """
-    if not isinstance(name, str) or name not in TASKS:
-        raise UsageError(f"unknown MAD task {name!r}{_hint(name, TASKS)}")
-    return TASKS[name]
+    known = {**TASKS, **PROXIES}
+    if not isinstance(name, str) or name not in known:
+        raise UsageError(f"unknown MAD task {name!r}{_hint(name, known)}")
+    return known[name]
 
 
 def _hint(name: str, known: Mapping[str, object]) -> str:
@@ -89,5 +108,5 @@ def _hint(name: str, known: Mapping[str, object]) -> str:
 
 
 def _elsewhere(setting: str) -> str:
-    owners = [row.name for row in _ROWS if setting in row.defaults]
+    owners = [row.name for row in (*_ROWS, *PROXIES.values()) if setting in row.defaults]
     return f" ({setting} belongs to {', '.join(owners)})" if owners else ""
