@@ -233,7 +233,8 @@ def launches(shape: Shape, walking: str) -> Iterator[Launch]:
         shape: The case.
         walking: Which tiles pass by, `rows` (of queries) or `columns` (of keys).
     """
-    for still, walk, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)):
+    depths = (2, 3) if shape.dim <= 128 else (1, 2)
+    for still, walk, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), depths):
         width = max(64, shape.dim)
         accumulators = still * (width + walk) / warps / 32
         memory = 2 * width * (still + 2 * walk * stages)

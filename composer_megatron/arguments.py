@@ -4,18 +4,23 @@ An architecture, a text folder, a run folder and the machine each stand for flag
 gives wins over ours. Nothing here starts Megatron.
 """
 
+from __future__ import annotations
+
 import argparse
 import difflib
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from composer_megatron.architecture import Architecture
 from composer_megatron.errors import UsageError
 from composer_megatron.text.folder import TextInfo
+
+if TYPE_CHECKING:
+    from composer_megatron.backend import Backend
 
 Flags = dict[str, Any]
 """Flag to value: None for a flag without one, a tuple for several."""
@@ -45,6 +50,8 @@ class Options:
         run_dir: The run folder; None for no checkpoints and no metrics, or where they come by flags of Megatron's.
         fp32: Train in fp32 on a GPU, too.
         virtual_stages: Pipeline stages on each rank.
+        backend: Name of the backend; None for that of the machine, or with ``--spec`` for Megatron's own parts.
+        parts: Parts that other backends play, and which ones.
         debug: Show tracebacks, and the value of every flag.
         megatron: All other arguments, as they are.
     """
@@ -54,6 +61,8 @@ class Options:
     run_dir: Path | None
     fp32: bool
     virtual_stages: int
+    backend: str | None
+    parts: Mapping[str, str]
     debug: bool
     megatron: tuple[str, ...]
 
@@ -91,11 +100,36 @@ def parse_options(argv: Sequence[str]) -> Options:
         metavar="N",
         help="pipeline stages on each rank, for the interleaved schedule",
     )
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="who computes: composer (our kernels; default on a GPU), local (PyTorch; default without one) or te "
+        "(TransformerEngine)",
+    )
+    parser.add_argument(
+        "--backend-part",
+        dest="parts",
+        action="append",
+        default=[],
+        metavar="PART=NAME",
+        help="one part by another backend, such as attention=te, or loss=linear for the loss without logits in memory; "
+        "may be given several times",
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks, and the value of every flag")
     ours, megatron = parser.parse_known_args(argv)
     if ours.virtual_stages < 1:
         raise UsageError(f"--num-virtual-stages-per-pipeline-rank {ours.virtual_stages}; expected at least 1")
-    return Options(**vars(ours), megatron=tuple(megatron))
+    return Options(**(vars(ours) | {"parts": _parse_parts(ours.parts)}), megatron=tuple(megatron))
+
+
+def _parse_parts(texts: Sequence[str]) -> dict[str, str]:
+    parts = {}
+    for text in texts:
+        part, equals, name = text.partition("=")
+        if not (part and equals and name):
+            raise UsageError(f"--backend-part {text!r}; expected PART=NAME, such as attention=te")
+        parts[part.replace("-", "_")] = name
+    return parts
 
 
 def check_text(text: TextInfo, architecture: Architecture, seq_length: int) -> None:
@@ -145,6 +179,12 @@ def _megatron_parser() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
     return parser, tuple(vars(parser.parse_args([])))
 
 
+def flag_of(name: str) -> str:
+    """How the user writes the flag that Megatron keeps under that name."""
+    parser, _ = _megatron_parser()
+    return next(action.option_strings[0] for action in parser._actions if action.dest == name)
+
+
 def architecture_flags(architecture: Architecture, pattern: str) -> Flags:
     """The flags that make Megatron build this architecture and no other."""
     shape = architecture.shape
@@ -169,12 +209,9 @@ def architecture_flags(architecture: Architecture, pattern: str) -> Flags:
 
 
 def machine_flags(*, gpu: bool, fp32: bool) -> Flags:
-    """The flags for this machine and for modules that need neither TransformerEngine nor Apex."""
+    """The flags for this machine, whatever the backend."""
     everywhere: Flags = {
-        "--transformer-impl": "local",
         "--no-persist-layer-norm": None,
-        "--no-gradient-accumulation-fusion": None,
-        "--no-rope-fusion": None,
         "--no-create-attention-mask-in-dataloader": None,
         "--attention-dropout": 0.0,
         "--hidden-dropout": 0.0,
@@ -183,6 +220,18 @@ def machine_flags(*, gpu: bool, fp32: bool) -> Flags:
     if gpu:
         return everywhere | {"--distributed-backend": "nccl"} | ({} if fp32 else {"--bf16": None})
     return everywhere | {"--distributed-backend": "gloo", "--use-cpu-initialization": None, "--num-workers": 0}
+
+
+def backend_flags(backend: Backend) -> Flags:
+    """The flags that make Megatron use the parts of a backend that the model's spec cannot bring."""
+    flags: Flags = {"--transformer-impl": "transformer_engine" if backend.quantises() else "local"}
+    if backend.activation.use is not None:
+        flags |= {"--use-te-activation-func": None, "--no-bias-swiglu-fusion": None}
+    if not backend.rope.use.on:
+        flags["--no-rope-fusion"] = None
+    if not backend.gradient_accumulation.use.on:
+        flags["--no-gradient-accumulation-fusion"] = None
+    return flags
 
 
 def schedule_flags(given: Flags, *, gpu: bool) -> Flags:

@@ -1,68 +1,246 @@
-"""Backends: which module plays each part of a block. One row each; a new backend is a new row.
+"""Backends: what plays each part of a model and of its training. One row each; a new backend is a new row.
+
+* ``composer``: our kernels, everything from pip; on a CPU the same modules compute by PyTorch.
+* ``local``: PyTorch and Megatron-core alone.
+* ``te``: TransformerEngine.
 
 `composer_megatron.specs` builds the same blocks from any row, so that a backend changes how a model is computed but
-neither its parameters nor the names in its checkpoints.
+neither its parameters nor the names in its checkpoints. Parts of other rows can be mixed in (`get_backend`).
 """
 
+import dataclasses
 import difflib
-from collections.abc import Callable
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+import torch
 from torch import nn
 
-from composer_megatron.errors import UsageError
-from composer_megatron.layers.attention import SDPACoreAttention
-from composer_megatron.layers.norm import RMSNorm
+from composer_megatron import cpu
+from composer_megatron.errors import ComposerError, UsageError
+from composer_megatron.shape import Shape
+
+Builder = Callable[..., nn.Module]
+Loss = Literal["megatron", "cross_entropy", "linear_cross_entropy"]
+Optimizer = Literal["composer", "megatron"]
+
+
+_TE = "TransformerEngine"
+
+
+def _nothing() -> None: ...
+
+
+class Linears(NamedTuple):
+    """The projections: into a block, split over tensor-parallel ranks by outputs, and out of it, split by inputs."""
+
+    column_parallel: Builder
+    row_parallel: Builder
+
+
+class Fusion(NamedTuple):
+    """A function that Megatron-core looks up by name when its configuration says so.
+
+    Attributes:
+        on: Whether the configuration is to say so.
+        install: Puts our function where Megatron looks, for the whole process; does nothing the second time.
+    """
+
+    on: bool
+    install: Callable[[], None] = _nothing
+
+
+@dataclass(frozen=True)
+class Part[T]:
+    """One way to play a part.
+
+    Attributes:
+        says: What it is, in a few words for people.
+        use: What Megatron-core gets.
+    """
+
+    says: str
+    use: T
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """The modules that play the parts, each in Megatron-core's interface for that part.
+    """Who plays each part, in Megatron-core's interface for that part.
 
     Attributes:
-        name: For people, and the key in `BACKENDS`.
-        norm: Before each block: ``norm(config=, hidden_size=, eps=)``.
-        final_norm: After the last block, in the same interface.
-        core_attention: Attention proper, between the projections, which the heads share (`CoreAttentionBuilder`).
-        column_parallel_linear: The projection into a block, split over tensor-parallel ranks by its outputs.
-        row_parallel_linear: The projection out of a block, split by its inputs.
+        name: For people, and in `BACKENDS`.
+        norm: Before each block and after the last one: ``norm(config=, hidden_size=, eps=)``.
+        attention: Between the projections: Megatron's core attention.
+        linear: The projections of the blocks.
         activation: SwiGLU on the joined gate and up halves, ``activation(config=)``; None for Megatron-core's own.
+        rope: The function that applies the rotary embedding.
+        loss: What `composer_megatron.model.CompositeModel` computes the loss with.
+        optimizer: Which Adam `composer_megatron.optimizer.prepare_optimizer` is to take.
+        gradient_accumulation: What adds a weight's gradient to Megatron's buffer within its matrix multiplication.
     """
 
     name: str
-    norm: Callable[..., nn.Module]
-    final_norm: Callable[..., nn.Module]
-    core_attention: Callable[..., nn.Module]
-    column_parallel_linear: Callable[..., nn.Module]
-    row_parallel_linear: Callable[..., nn.Module]
-    activation: Callable[..., nn.Module] | None = None
+    norm: Part[Builder]
+    attention: Part[Builder]
+    linear: Part[Linears]
+    activation: Part[Builder | None]
+    rope: Part[Fusion]
+    loss: Part[Loss]
+    optimizer: Part[Optimizer]
+    gradient_accumulation: Part[Fusion]
+
+    def install(self) -> None:
+        """Put functions where Megatron-core looks for them; before any configuration is made that asks for them."""
+        for fusion in (self.rope.use, self.gradient_accumulation.use):
+            if fusion.on:
+                fusion.install()
+
+    def quantises(self) -> bool:
+        """Whether the projections can compute in fp8 and fp4, which TransformerEngine's do."""
+        return self.linear.says == _TE
+
+    def report(self, shape: Shape, dtype: torch.dtype) -> str:
+        """Who plays what in training a model of that shape, in one line.
+
+        Args:
+            shape: Decides which attention kernel fits.
+            dtype: Of the parameters, likewise.
+        """
+        says = {name: getattr(self, name).says for name in PARTS}
+        if hasattr(self.attention.use, "kernel"):
+            says["attention"] = self.attention.use.kernel(shape, dtype)
+        parts = " | ".join(f"{name.replace('_', ' ')}: {text}" for name, text in says.items())
+        return f"backend {self.name} | {parts}"
 
 
-_ROWS = (
-    Backend(
-        name="local",  # PyTorch alone: any machine, CPU or GPU
-        norm=RMSNorm,
-        final_norm=RMSNorm,
-        core_attention=SDPACoreAttention,
-        column_parallel_linear=ColumnParallelLinear,
-        row_parallel_linear=RowParallelLinear,
-    ),
+PARTS = tuple(field.name for field in dataclasses.fields(Backend) if field.name != "name")
+"""The names of all parts."""
+
+
+def _local() -> Backend:
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    from composer_megatron.layers.attention import SDPACoreAttention
+    from composer_megatron.layers.norm import RMSNorm
+
+    return Backend(
+        name="local",
+        norm=Part("PyTorch", RMSNorm),
+        attention=Part("PyTorch SDPA", SDPACoreAttention),
+        linear=Part("Megatron", Linears(ColumnParallelLinear, RowParallelLinear)),
+        activation=Part("Megatron", None),
+        rope=Part("Megatron", Fusion(on=False)),
+        loss=Part("Megatron", "megatron"),
+        optimizer=Part("Megatron's", "megatron"),
+        gradient_accumulation=Part("autograd", Fusion(on=False)),
+    )
+
+
+def _composer() -> Backend:
+    require("triton", "backend composer", "pip install triton")
+    from composer_megatron.layers import fused_rope, wgrad
+    from composer_megatron.layers.activation import SwiGLU
+    from composer_megatron.layers.fused_attention import FusedCoreAttention
+    from composer_megatron.layers.fused_norm import FusedRMSNorm
+
+    ours = "Triton" if cpu.has_gpu() else "composer on a CPU"
+    accumulation = "Apex" if wgrad.apex_is_there() else "cuBLAS" if cpu.has_gpu() else ours
+    return dataclasses.replace(
+        _local(),
+        name="composer",
+        norm=Part(f"{ours}, with residual additions", FusedRMSNorm),
+        attention=Part("the best kernel that fits", FusedCoreAttention),
+        activation=Part(ours, SwiGLU),
+        rope=Part(ours, Fusion(on=True, install=fused_rope.install)),
+        loss=Part(ours, "cross_entropy"),
+        optimizer=Part(ours, "composer"),
+        gradient_accumulation=Part(accumulation, Fusion(on=True, install=wgrad.install)),
+    )
+
+
+def _te() -> Backend:
+    advice = 'pip install --no-build-isolation "transformer-engine[pytorch]"; backend composer needs nothing of it'
+    require("transformer_engine", "backend te", advice)
+    from megatron.core.extensions import transformer_engine as te
+
+    from composer_megatron.layers import fused_rope, wgrad
+
+    apex = wgrad.apex_is_there()
+    return dataclasses.replace(
+        _local(),
+        name="te",
+        norm=Part(_TE, te.TENorm),
+        attention=Part(_TE, te.TEDotProductAttention),
+        linear=Part(_TE, Linears(te.TEColumnParallelLinear, te.TERowParallelLinear)),
+        activation=Part(_TE, te.TEActivationOp),
+        rope=Part(_TE, Fusion(on=True, install=fused_rope.install_transformer_engine)),
+        optimizer=Part(_TE, "megatron"),
+        # TransformerEngine's own layers accumulate; the output layer is Megatron's, and asks Apex or us.
+        gradient_accumulation=Part(
+            f"{_TE} and {'Apex' if apex else 'composer'}", Fusion(on=True, install=wgrad.install)
+        ),
+    )
+
+
+BACKENDS: Mapping[str, Callable[[], Backend]] = MappingProxyType(
+    {"composer": functools.cache(_composer), "local": functools.cache(_local), "te": functools.cache(_te)}
 )
+"""Every backend by its name: a function that makes the row, or raises `ComposerError` where its package is missing."""
 
-BACKENDS = MappingProxyType({row.name: row for row in _ROWS})
-"""Every backend by its name."""
+LINEAR_LOSS = Part[Loss]("fused with the output layer", "linear_cross_entropy")
+"""The loss without logits in memory, which any backend can have: ``loss=linear``."""
 
 
-def get_backend(name: str) -> Backend:
-    """The backend of that name.
+def default_backend() -> str:
+    """The name of the backend for this machine: composer on a GPU, local without one."""
+    return "composer" if cpu.has_gpu() and importlib.util.find_spec("triton") is not None else "local"
+
+
+def get_backend(name: str | None = None, parts: Mapping[str, str] = MappingProxyType({})) -> Backend:
+    """The backend of that name, with some of its parts played by others.
+
+    Args:
+        name: A name in `BACKENDS`; None for that of the machine.
+        parts: From names in `PARTS` to names in `BACKENDS`, or for the loss to "linear".
 
     Raises:
-        UsageError: If there is none, with the names that there are.
+        UsageError: If there is no such backend or part, with those that there are.
+        ComposerError: If a backend needs a package that is missing.
     """
-    if name not in BACKENDS:
-        near = difflib.get_close_matches(name, BACKENDS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UsageError(f"unknown backend {name!r}: {hint}known: {', '.join(BACKENDS)}")
-    return BACKENDS[name]
+    backend = _row(default_backend() if name is None else name)
+    if not parts:
+        return backend
+    changes: dict[str, Any] = {}
+    for part, player in parts.items():
+        _known("backend part", part, PARTS)
+        linear = (part, player) == ("loss", "linear")
+        changes[part] = LINEAR_LOSS if linear else getattr(_row(player), part)
+    mixed = "+".join((backend.name, *(f"{part}={player}" for part, player in parts.items())))
+    return dataclasses.replace(backend, name=mixed, **changes)
+
+
+def _row(name: str) -> Backend:
+    _known("backend", name, tuple(BACKENDS))
+    return BACKENDS[name]()
+
+
+def _known(what: str, name: str, known: tuple[str, ...]) -> None:
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UsageError(f"unknown {what} {name!r}: {hint}known: {', '.join(known)}")
+
+
+def require(package: str, who: str, advice: str) -> None:
+    """See that a package is there.
+
+    Raises:
+        ComposerError: If it is missing.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ComposerError(f"{who} needs the package {package}, which is missing: {advice}")

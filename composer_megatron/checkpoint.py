@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from tokenizers import Tokenizer
 
-_TRACKER = "latest_checkpointed_iteration.txt"
-_COMPLETE = "metadata.json"
-"""Megatron writes this file into a checkpoint's folder last."""
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Megatron writes the newest checkpoint's iteration there, after all of its files."""
+_COMPLETE = ("metadata.json", ".metadata")
+"""Megatron writes these files into a checkpoint's folder last; saving in the background, the second much later."""
 _EMBEDDING = "embedding.word_embeddings.weight"
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 """Names of the model's tensors in a checkpoint begin so; the others are the optimizer's."""
@@ -158,13 +159,13 @@ def find_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
             raise UsageError(f"iteration={iteration} beside {path}: give one of the two")
         checkpoints, iteration = path.parent, named
     else:
-        checkpoints = path if (path / _TRACKER).is_file() else path / "checkpoints"
+        checkpoints = path if (path / TRACKER).is_file() else path / "checkpoints"
     if not checkpoints.is_dir():
         raise FileError(f"{checkpoints} is missing: expected the checkpoints of a run; has it saved any yet?")
     if iteration is None:
         iteration = _newest(checkpoints)
     folder = checkpoints / f"iter_{iteration:07d}"
-    if not (folder / _COMPLETE).is_file():
+    if not _is_complete(folder):
         problem = "is incomplete, as a killed run leaves it" if folder.is_dir() else "is missing"
         raise FileError(f"{folder} {problem}; {_choices(checkpoints)}")
     return Checkpoint(checkpoints.parent, iteration, folder)
@@ -173,7 +174,11 @@ def find_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
 def complete_iterations(checkpoints: Path) -> list[int]:
     """The iterations that a ``checkpoints`` folder holds whole, oldest first."""
     found = ((_iteration_of(folder), folder) for folder in checkpoints.glob("iter_*"))
-    return sorted(number for number, folder in found if number is not None and (folder / _COMPLETE).is_file())
+    return sorted(number for number, folder in found if number is not None and _is_complete(folder))
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _COMPLETE)
 
 
 def _iteration_of(folder: Path) -> int | None:
@@ -182,7 +187,7 @@ def _iteration_of(folder: Path) -> int | None:
 
 
 def _newest(checkpoints: Path) -> int:
-    tracker = checkpoints / _TRACKER
+    tracker = checkpoints / TRACKER
     if not tracker.is_file():
         raise FileError(f"{tracker} is missing, which names the newest checkpoint; {_choices(checkpoints)}")
     with naming(tracker, "read"):
@@ -231,7 +236,7 @@ def _load_model(
     if length is None:
         raise UsageError(f"{found.folder} does not say for which sequence length it was trained; give sequence_length")
     saved_dtype = tensors[_EMBEDDING].dtype if _EMBEDDING in tensors else torch.float32
-    model = build_model(architecture, max_sequence_length=length, dtype=dtype or saved_dtype)
+    model = build_model(architecture, max_sequence_length=length, dtype=dtype or saved_dtype, draw_weights=False)
     _check_tensors(found, model, {name: tuple(tensor.global_shape) for name, tensor in tensors.items()})
     with _reading(found):
         model.load_state_dict(load({"model": model.sharded_state_dict()}, str(found.folder))["model"])

@@ -12,7 +12,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from composer_megatron import __version__
-from composer_megatron.commands import COMMANDS
+from composer_megatron.commands import COMMANDS, GROUPS
 from composer_megatron.errors import ComposerError, UsageError
 
 DESCRIPTION = (
@@ -23,14 +23,15 @@ DESCRIPTION = (
 
 def _program() -> tuple[SubcommandApp, list[str]]:
     """The commands, and their names."""
-    app, bench = SubcommandApp(), SubcommandApp()
+    app, groups = SubcommandApp(), {name: SubcommandApp() for name in GROUPS}
     names = []
     for command in COMMANDS:
         name = command.__name__.strip("_")
-        if name.startswith("bench_"):
-            bench.command(name=name.removeprefix("bench_"))(command)
-            app.command(bench, name="bench", help="Measure on this machine.")
-            name = "bench"
+        group, _, rest = name.partition("_")
+        if group in groups:
+            groups[group].command(name=rest)(command)
+            app.command(groups[group], name=group, help=GROUPS[group])
+            name = group
         else:
             app.command(name=name)(command)
         names.append(name)
@@ -40,7 +41,7 @@ def _program() -> tuple[SubcommandApp, list[str]]:
 def _check_command(arguments: list[str], names: list[str]) -> None:
     """Answer a mistyped command with the one that was meant."""
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
-        near = difflib.get_close_matches(arguments[0], names, n=1)
+        near = difflib.get_close_matches(arguments[0], names, n=1, cutoff=0.65)
         hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(names)}"
         raise UsageError(f"unknown command {arguments[0]!r}: {hint}")
 

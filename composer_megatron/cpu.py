@@ -71,13 +71,18 @@ _CURRENT_DEVICE = Replacement(
 
 
 class _CudaMeansCPU(TorchFunctionMode):
-    """Reads ``device="cuda"`` as the CPU: the schedules, the optimizer and the training loop write it out."""
+    """Reads ``device="cuda"`` as the CPU: the schedules, the optimizer and the training loop write it out.
+
+    Pinned memory is memory: context parallelism's rotary embedding asks for it, which raises without a driver.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if kwargs and "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
             kwargs = {**kwargs, "device": "cpu"}
+        if kwargs and kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         return func(*args, **(kwargs or {}))
 
 
@@ -135,17 +140,29 @@ def _torch_replacements() -> tuple[Replacement, ...]:
     )
 
 
+class _ResultsQueue:
+    """Gives a queue within this process until one to another process is asked for, which writes in the background."""
+
+    def __init__(self, between_processes: Callable[[str], Any]) -> None:
+        self._queue: Any = queue.Queue()
+        self._between_processes = getattr(between_processes, "_between_processes", between_processes)
+
+    def __call__(self, mp_mode: str | None = None) -> Any:
+        if mp_mode is not None:
+            self._queue = self._between_processes(mp_mode)
+        return self._queue
+
+
 def _megatron_replacements() -> tuple[Replacement, ...]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random
     from megatron.training import arguments, training
 
-    results: queue.Queue[Any] = queue.Queue()
     return (
         Replacement(
             filesystem_async,
             "get_write_results_queue",
-            lambda *_: results,
+            _ResultsQueue(filesystem_async.get_write_results_queue),
             "a checkpoint is written by this process, yet its results go through a server process, which takes seconds "
             "to start and outlives a kill",
         ),
@@ -160,10 +177,15 @@ def _initialize_megatron(*args: Any, **kwargs: Any) -> None:
     """Start Megatron on gloo, with one device pretended for as long as it looks whether to set up groups and seeds."""
     from datetime import timedelta
 
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import get_args
     from megatron.training.initialize import initialize_megatron
 
     flags = get_args()
+    if flags.async_save:
+        # The worker that lives on looks for its GPU and dies; one forked for each checkpoint writes as well.
+        flags.use_persistent_ckpt_worker = False
+        filesystem_async.get_write_results_queue("fork")
     timeout = timedelta(minutes=flags.distributed_timeout_minutes)
     torch.distributed.init_process_group(flags.distributed_backend, timeout=timeout)
     device_count = torch.cuda.device_count

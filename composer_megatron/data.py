@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import get_args, get_timers
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor, nn
@@ -100,7 +101,8 @@ def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Lo
     batch: dict[str, Tensor | None] = {}
     if is_first_or_last_pipeline_stage(get_attr_wrapped_model(model, "vp_stage")):
         device = torch.cuda.current_device()
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+        whole = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+        batch = get_batch_on_this_cp_rank(whole, is_hybrid_cp=False)
     timers("batch-generator").stop()
     output = model(
         batch.get("tokens"),
@@ -113,9 +115,25 @@ def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Lo
 
 
 def _loss(loss_mask: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum over the tokens that count (all, without a mask), how many those are, and both to report."""
+    """Sum over the tokens that count (all, without a mask), how many those are, and both to report.
+
+    Megatron divides the one by the other and then takes the mean over context-parallel ranks. Where a mask leaves these
+    unequal numbers of tokens, the sum is weighted so that each token still counts as much as in one process.
+    """
     mask = torch.ones_like(losses) if loss_mask is None else loss_mask
     mask = mask.reshape(-1).float()
     total = (losses.reshape(-1).float() * mask).sum()
-    tokens = mask.sum().detach().to(torch.int)
-    return total, tokens, {"lm loss": torch.stack([total.detach(), tokens])}
+    tokens = mask.sum().detach()
+    report = {"lm loss": torch.stack([total.detach(), tokens])}
+    if _takes_the_mean_over_context_ranks():
+        everywhere = tokens.clone()
+        torch.distributed.all_reduce(everywhere, group=parallel_state.get_context_parallel_group())
+        ranks = parallel_state.get_context_parallel_world_size()
+        total = total * (tokens * ranks / everywhere.clamp(min=1))
+    return total, tokens.to(torch.int), report
+
+
+def _takes_the_mean_over_context_ranks() -> bool:
+    if not parallel_state.is_initialized() or parallel_state.get_context_parallel_world_size() == 1:
+        return False
+    return not get_args().calculate_per_token_loss  # which sums both over all ranks before it divides

@@ -40,9 +40,8 @@ def environment() -> dict[str, Any]:
 
 def device_name() -> str:
     """The device in a form that suits a folder's name, such as ``nvidia-h100-80gb-hbm3`` or ``cpu``."""
-    import torch
-
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    gpus = _gpus()
+    name = gpus[0]["name"] if gpus else "cpu"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

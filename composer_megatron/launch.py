@@ -65,6 +65,11 @@ class Launch:
 
     def command(self) -> list[str]:
         """The argument list, starting with this Python."""
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return [*torchrun, "--nproc-per-node", str(self.processes), "-m", "composer_megatron.train", *self.arguments()]
+
+    def arguments(self) -> list[str]:
+        """What `composer_megatron.train` is given."""
         flags = {
             "--architecture": self.architecture,
             "--text": self.text,
@@ -78,11 +83,20 @@ class Launch:
             "--lr": self.learning_rate,
             "--seed": self.seed,
         }
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         ours = [part for flag, value in flags.items() for part in (flag, str(value))]
         sequence_parallel = ["--sequence-parallel"] if self.tensor_parallel > 1 else []
-        program = ["--nproc-per-node", str(self.processes), "-m", "composer_megatron.train"]
-        return [*torchrun, *program, *ours, *sequence_parallel, *self.extra]
+        return [*ours, *sequence_parallel, *self.extra]
+
+    def check(self) -> None:
+        """Check all that the run itself will check before it starts: files, folders and every flag of Megatron's.
+
+        Raises:
+            ComposerError: If the run is impossible.
+        """
+        from composer_megatron.arguments import parse_options
+        from composer_megatron.train import megatron_command_line
+
+        megatron_command_line(parse_options(self.arguments()), self.processes)
 
     def shell(self) -> str:
         """The command as one line for a shell."""

@@ -1,196 +1,273 @@
-"""Where to cut a sequence into pipeline stages, and what each stage then holds and computes.
+"""Where to cut a sequence into pipeline stages, and what a training run laid out so takes in time and memory.
 
-Blocks differ in cost (at 1B an MLP has five times the weights of an attention block), so equal counts make unequal
-stages. The slowest stage sets the pace of a 1F1B schedule: `cut_sequence` minimises it, exactly.
+Blocks differ in cost (at 1B an MLP has five times the weights of an attention block) and the last stage bears the loss
+head, so equal counts make unequal stages. The cut minimises the simulated time of Megatron-core's 1F1B or interleaved
+schedule under a limit on each rank's memory: exactly under 1F1B (`composer_megatron.cut_exact`), with a proven bound
+under the interleaved one (`composer_megatron.cut_interleaved`).
+
+A stage may be left without blocks, where that pays: `CompositeStack` is right there (Megatron's own stack is not).
+Every rank has at least one block, the embedding or the loss head.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+
+from composer_megatron import memory
 from composer_megatron.architecture import Architecture
+from composer_megatron.cut import Cut, CutProblem, Unit, borders_of, equal_counts
+from composer_megatron.cut_exact import ExactCut
+from composer_megatron.cut_interleaved import interleaved_cut
 from composer_megatron.errors import UsageError
+from composer_megatron.layout import Layout
+from composer_megatron.memory import Holding
 from composer_megatron.primitives import PRIMITIVES
+from composer_megatron.roofline import DEVICES, Device, Passes, UnitTimes, multi_token_prediction, predict
+from composer_megatron.roofline import transfer_seconds as predict_transfer
+from composer_megatron.schedule import in_flight
+from composer_megatron.sequence import CompositeSequence
 
-STATE_BYTES_PER_PARAMETER = 18
-"""bf16 weight 2, fp32 gradient 4, fp32 master weight 4, two fp32 Adam moments 8; nothing sharded over data ranks."""
+_TICKS = 1e12
+"""Whole numbers of picoseconds, so that every rank of a run computes the same cut."""
 
-
-@dataclass(frozen=True)
-class Layout:
-    """How a training run is laid out over ranks and micro-batches.
-
-    Attributes:
-        stages: Pipeline stages.
-        tensor_parallel: Ranks that share each stage's matrices.
-        micro_batch_size: Sequences in one micro-batch.
-        seq_len: Tokens in a sequence.
-    """
-
-    stages: int = 1
-    tensor_parallel: int = 1
-    micro_batch_size: int = 1
-    seq_len: int = 4096
-
-    def __post_init__(self) -> None:
-        """Refuse sizes below one."""
-        for name, value in vars(self).items():
-            if value < 1:
-                raise UsageError(f"{name}={value}; expected at least 1")
+__all__ = ["Layout", "Plan", "Stage", "cut_sequence", "equal_counts", "plan"]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage of a plan, per tensor-parallel rank where it says so.
+    """One pipeline stage of a plan, as one of its tensor-parallel ranks sees it.
 
     Attributes:
+        rank: The pipeline rank that holds it.
         blocks: Its blocks as runs, such as ``2A1M``; empty for a stage without blocks.
         flops_per_token: Training FLOPs of its blocks and, on the last stage, of the output layer.
         params_per_rank: Parameters a rank holds, embedding and output layer included.
-        state_bytes: Weights, gradients and optimizer state of a rank in bf16 training (18 bytes a parameter).
-        activation_bytes: What a rank keeps for the backward passes of all its micro-batches in flight, in bf16.
+        state_bytes: Weights, gradients and optimizer state of a rank.
+        activation_bytes: What it keeps for the backward passes of its micro-batches when its rank keeps most.
+        forward_seconds: A forward pass over a micro-batch.
+        backward_seconds: A backward pass over a micro-batch.
     """
 
+    rank: int
     blocks: str
     flops_per_token: int
     params_per_rank: int
     state_bytes: int
     activation_bytes: int
+    forward_seconds: float
+    backward_seconds: float
 
 
-def cut_sequence(architecture: Architecture, stages: int, *, seq_len: int = 4096) -> list[int]:
-    """Block counts of each pipeline stage, in order, so that the costliest stage costs least.
+@dataclass(frozen=True)
+class Plan:
+    """A cut, and what follows from it.
 
-    The cost is training FLOPs a token; the last stage also bears the output layer, and may for that reason hold few
-    blocks, though at least one. Exact, by dynamic programming; of equally good cuts the one with the earlier stages
-    fuller is taken.
+    Attributes:
+        architecture: What is trained.
+        layout: On which ranks.
+        times: Seconds of each kind of block.
+        device: Whose links and memory bandwidth count; None where there is none to predict from.
+        problem: What was cut.
+        cut: The cut.
+        multi_token: The blocks of a depth of multi-token prediction on the last stage, if any.
+    """
+
+    architecture: Architecture
+    layout: Layout
+    times: UnitTimes
+    device: Device | None
+    problem: CutProblem
+    cut: Cut
+    multi_token: CompositeSequence | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Simulated time of the schedule: all passes of a step, without the optimizer."""
+        return self.cut.time / _TICKS
+
+    @cached_property
+    def seconds_equal_split(self) -> float:
+        """The same with equal block counts, Megatron's own split."""
+        schedule = self.problem.schedule
+        return self.problem.time(borders_of(equal_counts(len(self.problem.blocks), schedule.stages))) / _TICKS
+
+    def bubble(self, seconds: float) -> float:
+        """Share of the ranks' time in which they compute nothing, if the schedule takes that long."""
+        schedule = self.problem.schedule
+        work = sum(stage.forward_seconds + stage.backward_seconds for stage in self.stages)
+        return max(0.0, 1 - schedule.micro_batches * work / schedule.ranks / seconds)
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """Every stage, in order."""
+        problem, layout = self.problem, self.layout
+        borders = borders_of(self.cut.counts)
+        spans = {name: problem.spans(name, borders) for name in Unit._fields}
+        flying = np.concatenate([self._in_flight(rank, spans["kept"]) for rank in range(problem.schedule.ranks)])
+        flying = flying.reshape(problem.schedule.ranks, -1).T.ravel()
+        letters = self.architecture.sequence.letters
+        texts = [letters[start:end] for start, end in itertools.pairwise(borders)]
+        params = self._parameters(texts)
+        return [
+            Stage(
+                rank=index % problem.schedule.ranks,
+                blocks="".join(f"{len(list(run))}{letter}" for letter, run in itertools.groupby(text)),
+                flops_per_token=self._flops(text, last=index == len(texts) - 1),
+                params_per_rank=params[index],
+                state_bytes=memory.state_bytes(params[index], layout),
+                activation_bytes=int(spans["kept"][index] * flying[index]),
+                forward_seconds=float(spans["forward"][index]) / _TICKS,
+                backward_seconds=float(spans["backward"][index]) / _TICKS,
+            )
+            for index, text in enumerate(texts)
+        ]
+
+    @cached_property
+    def memory_bytes(self) -> list[int]:
+        """Peak of each pipeline rank."""
+        return [int(peak) for peak in self.problem.memory(borders_of(self.cut.counts))]
+
+    @property
+    def params_per_rank(self) -> list[int]:
+        """Parameters of each pipeline rank."""
+        ranks = self.problem.schedule.ranks
+        return [sum(stage.params_per_rank for stage in self.stages[rank::ranks]) for rank in range(ranks)]
+
+    @property
+    def balance(self) -> float:
+        """Mean over maximum of the ranks' computing time; 1 where all compute as long."""
+        ranks = self.problem.schedule.ranks
+        return self._balance(borders_of(self.cut.counts), ranks)
+
+    @property
+    def balance_equal_split(self) -> float:
+        """The same with equal block counts."""
+        schedule = self.problem.schedule
+        return self._balance(borders_of(equal_counts(len(self.problem.blocks), schedule.stages)), schedule.ranks)
+
+    @property
+    def pattern(self) -> str:
+        """Megatron's hybrid layer pattern: its alphabet, a bar between stages, prediction depths after a slash."""
+        symbols = "".join(PRIMITIVES[letter].megatron_symbol for letter in self.architecture.sequence)
+        stages = "|".join(symbols[start:end] for start, end in itertools.pairwise(borders_of(self.cut.counts)))
+        depth = "".join(PRIMITIVES[letter].megatron_symbol for letter in self.multi_token or ())
+        return f"{stages}/{depth}" if depth else stages
+
+    def _balance(self, borders: Any, ranks: int) -> float:
+        durations = self.problem.durations(borders).reshape(-1, ranks, 2).sum(axis=(0, 2))
+        return float(durations.mean() / durations.max())
+
+    def _in_flight(self, rank: int, kept: Any) -> Any:
+        """Micro-batches that each chunk of a rank holds when the rank's activations are largest."""
+        moments = np.array(in_flight(self.problem.schedule, rank))
+        return moments[(moments @ kept[rank :: self.problem.schedule.ranks]).argmax()]
+
+    def _flops(self, letters: str, *, last: bool) -> int:
+        shape, seq_len = self.architecture.shape, self.layout.seq_len
+        rows = [PRIMITIVES[letter] for letter in letters]
+        flops = sum(6 * row.matrix_parameters(shape) + 3 * row.mixing_flops(shape, seq_len) // 2 for row in rows)
+        return flops + (6 * shape.vocab_size * shape.hidden_size if last else 0)
+
+    def _parameters(self, texts: list[str]) -> list[int]:
+        shape, layout = self.architecture.shape, self.layout
+        counts = [sum(memory.block(PRIMITIVES[letter], shape, layout).parameters for letter in text) for text in texts]
+        counts[0] += memory.embedding(shape, layout).parameters
+        counts[-1] += memory.head(shape, layout).parameters
+        if self.multi_token is not None:
+            counts[-1] += memory.multi_token_prediction(self.multi_token, shape, layout).parameters
+        return counts
+
+
+def plan(
+    architecture: Architecture,
+    layout: Layout,
+    *,
+    device: Device | None = DEVICES["h100"],
+    times: UnitTimes | None = None,
+    memory_limit: float | None = None,
+    multi_token: CompositeSequence | None = None,
+    quick: bool = False,
+) -> Plan:
+    """The best cut of an architecture for a layout.
+
+    Args:
+        architecture: What is trained.
+        layout: On which ranks.
+        device: Predicts times and transfers; None where `times` are measured and transfers are to cost nothing.
+        times: Measured times of blocks; by default the device's roofline.
+        memory_limit: Bytes that no rank may exceed.
+        multi_token: Blocks of a depth of multi-token prediction on the last stage.
+        quick: A shorter search under the interleaved schedule, without a bound.
+
+    Raises:
+        UsageError: If the layout does not fit, no cut keeps the memory limit, or there is nothing to take times from.
+    """
+    layout.check(architecture)
+    if times is None:
+        if device is None:
+            raise UsageError("no device and no profile: there is nothing to take the blocks' times from")
+        times = predict(architecture, layout, device)
+    problem = _problem(architecture, layout, times, device, memory_limit, multi_token)
+    cut = ExactCut(problem).solve() if layout.virtual_stages == 1 else interleaved_cut(problem, quick=quick)
+    return Plan(architecture, layout, times, device, problem, cut, multi_token)
+
+
+def cut_sequence(architecture: Architecture, ranks: int, *, virtual_stages: int = 1, seq_len: int = 4096) -> list[int]:
+    """Block counts of each pipeline stage, in order: the cut that `plan` makes for an H100 and 4 micro-batches a rank.
+
+    It depends on nothing else, so that every rank of a run, and a run that goes on elsewhere, makes the same.
+
+    Args:
+        architecture: What is trained.
+        ranks: Pipeline ranks.
+        virtual_stages: Stages on each rank; stage ``i`` belongs to rank ``i % ranks``.
+        seq_len: Tokens in a sequence.
 
     Raises:
         UsageError: If there are more stages than blocks.
     """
-    blocks = len(architecture.sequence)
-    if stages < 1:
-        raise UsageError(f"{stages} pipeline stages; expected at least 1")
-    if stages > blocks:
-        raise UsageError(
-            f"{stages} pipeline stages for the {blocks} blocks of {architecture.sequence}: "
-            f"a stage needs a block; use at most {blocks} stages"
-        )
-    sums = [0, *itertools.accumulate(_block_costs(architecture, seq_len))]
-    sums[-1] += _output_cost(architecture)
-    # worst[k][end]: the least possible cost of the costliest of k stages that hold the first `end` blocks.
-    worst = [[0] + [sums[-1] + 1] * blocks]
-    starts: list[list[int]] = [[]]
-    for stage in range(1, stages + 1):
-        row, start_row = [sums[-1] + 1] * (blocks + 1), [0] * (blocks + 1)
-        for end in range(stage, blocks + 1):
-            candidates = range(end - 1, stage - 2, -1)
-            start = min(candidates, key=lambda s, end=end: max(worst[-1][s], sums[end] - sums[s]))  # type: ignore[misc]
-            row[end], start_row[end] = max(worst[-1][start], sums[end] - sums[start]), start
-        worst.append(row)
-        starts.append(start_row)
-    cut, end = [], blocks
-    for stage in range(stages, 0, -1):
-        start = starts[stage][end]
-        cut.append(end - start)
-        end = start
-    return cut[::-1]
+    layout = Layout(pipeline_parallel=ranks, virtual_stages=virtual_stages, seq_len=seq_len)
+    return plan(architecture, layout).cut.counts
 
 
-def equal_split(blocks: int, stages: int) -> list[int]:
-    """Block counts as equal as can be, earlier stages first: the cut that ignores what blocks cost."""
-    size, extra = divmod(blocks, stages)
-    return [size + (stage < extra) for stage in range(stages)]
+def _problem(
+    architecture: Architecture,
+    layout: Layout,
+    times: UnitTimes,
+    device: Device | None,
+    memory_limit: float | None,
+    multi_token: CompositeSequence | None,
+) -> CutProblem:
+    shape = architecture.shape
 
+    def unit(passes: Passes, holding: Holding) -> Unit:
+        forward, backward = (round(seconds * _TICKS) for seconds in passes)
+        return Unit(forward, backward, memory.state_bytes(holding.parameters, layout), holding.kept)
 
-def plan(architecture: Architecture, layout: Layout) -> list[Stage]:
-    """What each stage of the best cut holds and computes.
-
-    Raises:
-        UsageError: If the cut or the tensor-parallel split is impossible.
-    """
-    _check_tensor_parallel(architecture, layout.tensor_parallel)
-    cut = cut_sequence(architecture, layout.stages, seq_len=layout.seq_len)
-    ends = list(itertools.accumulate(cut))
-    letters = architecture.sequence.letters
-    return [
-        _stage(architecture, layout, index, letters[end - size : end])
-        for index, (size, end) in enumerate(zip(cut, ends, strict=True))
-    ]
-
-
-def balance(architecture: Architecture, cut: list[int], *, seq_len: int = 4096) -> float:
-    """Mean over maximum of the stages' FLOPs: 1.0 where no stage waits for another."""
-    costs = _block_costs(architecture, seq_len)
-    ends = list(itertools.accumulate(cut))
-    sums = [sum(costs[end - size : end]) for size, end in zip(cut, ends, strict=True)]
-    sums[-1] += _output_cost(architecture)
-    return sum(sums) / len(sums) / max(sums)
-
-
-def summary(architecture: Architecture, layout: Layout) -> dict[str, Any]:
-    """The plan as JSON values: counts, the cut with both balances, and each stage."""
-    stages = plan(architecture, layout)
-    cut = cut_sequence(architecture, layout.stages, seq_len=layout.seq_len)
-    symbols = "".join(PRIMITIVES[letter].megatron_symbol for letter in architecture.sequence)
-    ends = list(itertools.accumulate(cut))
-    equal = equal_split(len(architecture.sequence), layout.stages)
-    return {
-        **architecture.summary(layout.seq_len),
-        "shape": architecture.shape.name,
-        "vocab_size": architecture.shape.vocab_size,
-        "seq_len": layout.seq_len,
-        "tensor_parallel": layout.tensor_parallel,
-        "micro_batch_size": layout.micro_batch_size,
-        "pattern": "|".join(symbols[end - size : end] for size, end in zip(cut, ends, strict=True)),
-        "stages": [vars(stage) for stage in stages],
-        "balance": balance(architecture, cut, seq_len=layout.seq_len),
-        "balance_equal_split": balance(architecture, equal, seq_len=layout.seq_len),
-        "params_per_rank": [stage.params_per_rank for stage in stages],
-        "memory_bytes": [stage.state_bytes + stage.activation_bytes for stage in stages],
+    kinds = {
+        letter: unit(times.blocks[letter], memory.block(PRIMITIVES[letter], shape, layout))
+        for letter in architecture.sequence.counts
     }
-
-
-def _stage(architecture: Architecture, layout: Layout, index: int, letters: str) -> Stage:
-    shape, last = architecture.shape, index == layout.stages - 1
-    rows = [PRIMITIVES[letter] for letter in letters]
-    embedding = shape.vocab_size * shape.hidden_size
-    # A tied output layer lives twice when first and last stage differ.
-    embeddings = (index == 0) + (last and (layout.stages > 1 or not shape.tied_embeddings))
-    matrices = sum(row.matrix_parameters(shape) for row in rows) + embeddings * embedding
-    norms = sum(row.norm_parameters(shape) for row in rows) + (shape.hidden_size if last else 0)
-    params = matrices // layout.tensor_parallel + norms
-    flops = sum(_block_costs(architecture, layout.seq_len, letters)) + (_output_cost(architecture) if last else 0)
-    tokens = layout.micro_batch_size * layout.seq_len
-    in_flight = layout.stages - index
-    saved = 2 * sum(row.saved_elements(shape) for row in rows) * in_flight
-    logits = 6 * shape.vocab_size if last else 0  # bf16 logits and their fp32 copy in the loss, one micro-batch
-    return Stage(
-        blocks="".join(f"{len(list(group))}{letter}" for letter, group in itertools.groupby(letters)),
-        flops_per_token=flops,
-        params_per_rank=params,
-        state_bytes=STATE_BYTES_PER_PARAMETER * params,
-        activation_bytes=tokens * (saved + logits) // layout.tensor_parallel,
+    last = unit(times.head, memory.head(shape, layout))
+    if multi_token is not None:
+        if device is None or not times.predicted:
+            raise UsageError("a profile has no times for multi-token prediction: leave one of them out")
+        passes = multi_token_prediction(multi_token, architecture, layout, device)
+        depth = unit(passes, memory.multi_token_prediction(multi_token, shape, layout))
+        last = Unit(*(a + b for a, b in zip(last, depth, strict=True)))
+    transfer = predict_transfer(architecture, layout, device) if device else 0.0
+    return CutProblem(
+        schedule=layout.schedule,
+        blocks=tuple(kinds[letter] for letter in architecture.sequence),
+        first=unit(times.embedding, memory.embedding(shape, layout)),
+        last=last,
+        transfer=round(transfer * _TICKS),
+        input_bytes=memory.input_bytes(shape, layout),
+        reserve=memory.working_bytes(architecture, layout),
+        memory_limit=None if memory_limit is None else int(memory_limit),
     )
-
-
-def _check_tensor_parallel(architecture: Architecture, ranks: int) -> None:
-    shape = architecture.shape
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
-        if getattr(shape, name) % ranks:
-            raise UsageError(f"tensor_parallel={ranks} does not divide {name}={getattr(shape, name)}")
-
-
-def _block_costs(architecture: Architecture, seq_len: int, letters: str | None = None) -> list[int]:
-    shape = architecture.shape
-    costs = {
-        symbol: 6 * row.matrix_parameters(shape) + 3 * row.mixing_flops(shape, seq_len) // 2
-        for symbol, row in PRIMITIVES.items()
-    }
-    return [costs[letter] for letter in (architecture.sequence.letters if letters is None else letters)]
-
-
-def _output_cost(architecture: Architecture) -> int:
-    return 6 * architecture.shape.vocab_size * architecture.shape.hidden_size

@@ -6,6 +6,7 @@ import ctypes
 import json
 import signal
 import subprocess
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,11 +23,13 @@ class MetricsFollower:
 
     Attributes:
         path: The log; it may not exist yet.
+        since: Lines from before that time (seconds since 1970) are an earlier start's, and passed over.
         iteration: The newest iteration seen.
         latest: The newest value of each scalar, by name.
     """
 
     path: Path
+    since: float = 0.0
     iteration: int = 0
     latest: dict[str, float] = field(default_factory=dict)
     _offset: int = 0
@@ -43,6 +46,8 @@ class MetricsFollower:
         self._offset += len(lines) + bool(lines)
         for line in lines.splitlines():
             scalar = json.loads(line)
+            if scalar["time"] < self.since:
+                continue
             self.iteration = scalar["iteration"]
             self.latest[scalar["name"]] = scalar["value"]
 
@@ -55,7 +60,7 @@ class MetricsFollower:
 
 def show_progress(process: subprocess.Popen[bytes], metrics: Path, steps: int) -> None:
     """Show a bar until `process` ends; where the output is no terminal, a line each tenth of the way."""
-    follower = MetricsFollower(metrics)
+    follower = MetricsFollower(metrics, since=time.time())
     columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     bar = Progress(*columns, TextColumn("{task.fields[losses]}"), console=console, disable=not console.is_terminal)
     told = 0

@@ -115,11 +115,12 @@ def _llama(name: str, widths: str, pairs: int, *, tied: bool, vocab_size: int = 
 
 
 _PRESETS = (
-    # 1b and 8b are Llama 3.2 1B and Llama 3.1 8B, 3b is Llama 3.2 3B; 350m is Table 8 of arXiv 2510.04800.
+    # 1b and 3b are Llama 3.2 1B and 3B, 8b and 70b are Llama 3.1 8B and 70B; 350m is Table 8 of arXiv 2510.04800.
     _llama("350m", "1536/4096/24/8/64", 14, tied=True),
     _llama("1b", "2048/8192/32/8/64", 16, tied=True),
     _llama("3b", "3072/8192/24/8/128", 28, tied=True),
     _llama("8b", "4096/14336/32/8/128", 32, tied=False),
+    _llama("70b", "8192/28672/64/8/128", 80, tied=False),
     # Ours: small enough for two CPU cores, with Llama 3.2 1B's ratios of ffn to hidden (4) and of heads to groups (4).
     _llama("tiny", "64/256/4/1/16", 4, tied=True, vocab_size=512),
     _llama("demo", "160/640/8/2/20", 6, tied=True, vocab_size=4096),

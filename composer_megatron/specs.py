@@ -4,6 +4,10 @@
 
     pretrain_hybrid.py --spec composer_megatron.specs composite_stack_spec --hybrid-layer-pattern '**--|--**' …
 
+It builds on the backend of the machine; `composite_stack_spec_composer`, `_local` and `_te` name one. A spec brings
+norm, attention and projections, and with ``--use-te-activation-func --no-bias-swiglu-fusion`` the activation. The other
+parts of a backend belong to the training program: `composer_megatron.train` sets them.
+
 Our letters never reach Megatron: its ``M`` is a Mamba block. `hybrid_pattern` translates.
 """
 
@@ -11,19 +15,25 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
-from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from composer_megatron.backend import BACKENDS, Backend
-from composer_megatron.errors import UsageError
+from composer_megatron.backend import Backend, get_backend
+from composer_megatron.errors import ComposerError, UsageError
+from composer_megatron.layers.block import CompositeLayer
 from composer_megatron.primitives import PRIMITIVES
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.stack import CompositeStack
@@ -60,15 +70,15 @@ def attention_spec(backend: Backend) -> ModuleSpec:
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_linear,
-            core_attention=backend.core_attention,
-            linear_proj=backend.row_parallel_linear,
+            linear_qkv=backend.linear.use.column_parallel,
+            core_attention=backend.attention.use,
+            linear_proj=backend.linear.use.row_parallel,
         ),
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=CompositeLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=backend.norm, self_attention=attention, self_attn_bda=get_bias_dropout_add
+            input_layernorm=backend.norm.use, self_attention=attention, self_attn_bda=get_bias_dropout_add
         ),
     )
 
@@ -78,14 +88,16 @@ def mlp_spec(backend: Backend) -> ModuleSpec:
     mlp = functools.partial(
         MLP.as_mlp_submodule,
         submodules=MLPSubmodules(
-            linear_fc1=backend.column_parallel_linear,
-            linear_fc2=backend.row_parallel_linear,
-            activation_func=backend.activation,
+            linear_fc1=backend.linear.use.column_parallel,
+            linear_fc2=backend.linear.use.row_parallel,
+            activation_func=backend.activation.use,
         ),
     )
     return ModuleSpec(
-        module=MLPLayer,
-        submodules=TransformerLayerSubmodules(pre_mlp_layernorm=backend.norm, mlp=mlp, mlp_bda=get_bias_dropout_add),
+        module=CompositeLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=backend.norm.use, mlp=mlp, mlp_bda=get_bias_dropout_add
+        ),
     )
 
 
@@ -105,11 +117,46 @@ LAYERS: Mapping[str, LayerRow] = MappingProxyType(
 """One layer spec for each primitive of `composer_megatron.primitives`, by its letter."""
 
 
+def mtp_spec(backend: Backend) -> ModuleSpec:
+    """Multi-token prediction: its norms and projection; its blocks are those of the stack."""
+    norm = backend.norm.use
+    layer = MultiTokenPredictionLayerSubmodules(
+        enorm=norm, hnorm=norm, layer_norm=norm, eh_proj=backend.linear.use.column_parallel
+    )
+    layers = [ModuleSpec(module=MultiTokenPredictionLayer, submodules=layer)]
+    block = MultiTokenPredictionBlockSubmodules(layer_specs=layers)
+    return ModuleSpec(module=MultiTokenPredictionBlock, submodules=block)
+
+
 def stack_spec(backend: Backend) -> ModuleSpec:
     """The spec of a whole stack on that backend; which blocks it holds, and in which order, the pattern says."""
-    submodules = HybridStackSubmodules(**{row.place: row.spec(backend) for row in LAYERS.values()})
-    return ModuleSpec(module=CompositeStack, params={"final_norm": backend.final_norm}, submodules=submodules)
+    layers = {row.place: row.spec(backend) for row in LAYERS.values()}
+    submodules = HybridStackSubmodules(**layers, mtp_block_spec=mtp_spec(backend))
+    return ModuleSpec(module=CompositeStack, params={"final_norm": backend.norm.use}, submodules=submodules)
 
 
-composite_stack_spec = stack_spec(BACKENDS["local"])
-"""For ``--spec``: Megatron takes an instance out of a module, and calls nothing."""
+class _MissingStack(HybridStack):
+    """Stands for the stack of a backend whose package is missing: says so when a model is built with it."""
+
+    def __init__(self, *_: Any, missing: ComposerError, **__: Any) -> None:
+        raise missing
+
+
+def _spec_for_scripts(name: str | None) -> ModuleSpec:
+    try:
+        return stack_spec(get_backend(name))
+    except ComposerError as missing:
+        return ModuleSpec(module=_MissingStack, params={"missing": missing}, submodules=HybridStackSubmodules())
+
+
+composite_stack_spec = _spec_for_scripts(None)
+"""For ``--spec``: Megatron takes an instance out of a module, and calls nothing. On the backend of the machine."""
+
+composite_stack_spec_composer = _spec_for_scripts("composer")
+"""The same on backend composer."""
+
+composite_stack_spec_local = _spec_for_scripts("local")
+"""The same on backend local."""
+
+composite_stack_spec_te = _spec_for_scripts("te")
+"""The same on backend te."""

@@ -15,26 +15,34 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import sys
 import time
+import traceback
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from composer_megatron import arguments, cpu
+from composer_megatron import arguments, cpu, guards
 from composer_megatron.architecture import Architecture
 from composer_megatron.arguments import Flags, Options
 from composer_megatron.errors import ComposerError, FileError, UsageError
 from composer_megatron.files import naming, write_text
+from composer_megatron.layout import Layout
 from composer_megatron.metrics import MetricsLog, tee
-from composer_megatron.pipeline import Layout, cut_sequence, plan
+from composer_megatron.optimizer import checkpoint_flags
+from composer_megatron.packages import check_packages
+from composer_megatron.pipeline import cut_sequence
 from composer_megatron.quiet import hush_imports
+from composer_megatron.resume import Resumption
 from composer_megatron.text.folder import TextInfo, load_text_folder
 
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    from composer_megatron.backend import Backend
 
 _PATIENCE = 10.0
 """Seconds that the other ranks wait for the first one to say what was wrong."""
@@ -53,16 +61,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext():
             options = arguments.parse_options(argv)
-        run(options)
+        _run_and_name_missing_packages(options)
     except ComposerError as error:
         if "--debug" in argv:
             raise
         if rank:
             # torchrun ends all ranks when one ends: the first one has to have its say. Still here: it has no error.
             time.sleep(_PATIENCE)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        message = re.sub(r"( when instantiating \w+)+$", "", str(error))  # Megatron's, on its way through
+        print(f"error: {message}", file=sys.stderr, flush=True)
         return error.exit_code
     return 0
+
+
+def _run_and_name_missing_packages(options: Options) -> None:
+    try:
+        run(options)
+    except ImportError as error:
+        raise ComposerError(f"{error}; install it, or leave out the flag that asks for it") from error
 
 
 def run(options: Options) -> None:
@@ -74,17 +90,26 @@ def run(options: Options) -> None:
     command_line = megatron_command_line(options)
     cpu.prepare_training()
     args = _parse_and_validate(command_line, debug=options.debug)
-    resumed_at = _checkpointed_iteration(args)
     if options.run_dir is not None and args.rank == 0:
         _fill_run_dir(options.run_dir, Architecture.load(options.architecture), options.text)
-    with _metrics(options.run_dir, resumed_at, args):
-        _pretrain(args)
+    backend = _backend(options)
+    if args.rank == 0:
+        print(backend.report(Architecture.load(options.architecture).shape, args.params_dtype), flush=True)
+        if args.dist_ckpt_optim_fully_reshardable:
+            print("checkpoints of the optimizer load under any parallel sizes (--dist-ckpt-optim-fully-reshardable)")
+    resumption = Resumption()
+    with _metrics(options.run_dir, resumption, args):
+        _pretrain(args, backend, resumption)
 
 
-def megatron_command_line(options: Options) -> list[str]:
+def megatron_command_line(options: Options, processes: int | None = None) -> list[str]:
     """All flags for Megatron: those that stand for the architecture, the folders and the machine, then the user's.
 
     Starts nothing and writes nothing.
+
+    Args:
+        options: What was asked for.
+        processes: How many are to run; None for as many as the environment says that this one is of.
 
     Raises:
         ComposerError: If the run is impossible, for all that can be seen beforehand.
@@ -95,32 +120,49 @@ def megatron_command_line(options: Options) -> list[str]:
     text = None if options.text is None else load_text_folder(options.text)
     if options.run_dir is not None:
         _check_run_dir(options.run_dir, architecture, text)
-    ours = _flags(architecture, text, options, given)
+    world_size = int(os.environ["WORLD_SIZE"]) if processes is None else processes
+    ours = _flags(architecture, text, options, given, world_size)
+    if "spec" not in given and not arguments.contradictions(ours, given):
+        folders = (given.get(name, ours.get(f"--{name}")) for name in ("load", "save"))
+        for folder in dict.fromkeys(folder for folder in folders if folder is not None):
+            guards.check_checkpoints(Path(folder), architecture)
     return arguments.command_line(ours, given, options.megatron)
 
 
-def _flags(architecture: Architecture, text: TextInfo | None, options: Options, given: Flags) -> Flags:
+def _flags(architecture: Architecture, text: TextInfo | None, options: Options, given: Flags, world_size: int) -> Flags:
     """What the architecture, the folders and the machine stand for, whether or not the user gave some of it."""
     gpu, run_dir = cpu.has_gpu(), options.run_dir
     schedule = arguments.schedule_flags(given, gpu=gpu)
     seq_length = schedule["--seq-length"]
-    stages = given.get("pipeline_model_parallel_size", 1) * options.virtual_stages
-    layout = Layout(stages=stages, tensor_parallel=given.get("tensor_model_parallel_size", 1), seq_len=seq_length)
-    plan(architecture, layout)  # refuses more stages than blocks, and ranks that do not divide the heads
-    flags = arguments.architecture_flags(architecture, _pattern(architecture, stages, seq_length))
+    if "spec" not in given:  # whose blocks those flags may be for
+        guards.check_flags(given)
+    layout = guards.check_layout(
+        architecture,
+        {"micro_batch_size": schedule["--micro-batch-size"]} | given,
+        virtual_stages=options.virtual_stages,
+        seq_len=seq_length,
+        world_size=world_size,
+    )
+    by_hand = "hybrid_layer_pattern" in given
+    flags = arguments.architecture_flags(architecture, _pattern(architecture, None if by_hand else layout))
     contradictions = arguments.contradictions(flags, given)
     if contradictions and run_dir is not None:
         problem = "these flags make another model than the architecture's: " + "; ".join(contradictions)
         raise UsageError(f"{problem}; {run_dir}/architecture.json would be wrong: change the architecture file instead")
     if contradictions and os.environ["RANK"] == "0":
         print(f"note: training another model than the architecture's: {'; '.join(contradictions)}", file=sys.stderr)
-    _check_optimizer(given, saves=run_dir is not None or "save" in given)
     if text is not None:
         arguments.check_text(text, architecture, seq_length)
-    flags |= arguments.machine_flags(gpu=gpu, fp32=options.fp32) | schedule
-    flags |= arguments.data_flags(text, given, architecture, run_dir)
+    backend = _backend(options)
+    check_packages(given, backend)
+    flags |= arguments.machine_flags(gpu=gpu, fp32=options.fp32) | arguments.backend_flags(backend) | schedule
+    flags |= arguments.data_flags(text, given, architecture, run_dir) | checkpoint_flags(given)
     if run_dir is not None:
         flags |= arguments.run_dir_flags(run_dir, schedule["--train-iters"])
+    elif "save" in given:
+        flags["--save-interval"] = max(10, schedule["--train-iters"] // 5)
+    if given.get("async_save"):
+        flags |= _asynchronous_saving()
     if "spec" not in given:  # `_initialize_weights` does it; another spec may have other parameters
         flags["--no-initialization"] = None
     if not options.debug:
@@ -128,18 +170,29 @@ def _flags(architecture: Architecture, text: TextInfo | None, options: Options, 
     return flags
 
 
-def _check_optimizer(given: Flags, *, saves: bool) -> None:
-    """Refuse what could be trained and saved but not loaded again: Megatron's sharding of PyTorch's own Adam."""
-    fused = any(importlib.util.find_spec(name) is not None for name in ("transformer_engine", "apex"))
-    if given.get("use_distributed_optimizer") and saves and not fused:
-        problem = "without TransformerEngine or Apex, Megatron cannot load the checkpoints of such a run"
-        raise UsageError(f"--use-distributed-optimizer: {problem}; leave it out, or install one of them")
+def _backend(options: Options) -> "Backend":
+    """The backend asked for; a spec of the user's brings its own modules, and wants none of ours by default."""
+    from composer_megatron.backend import get_backend
+
+    own_spec = "spec" in arguments.given_flags(options.megatron)
+    return get_backend("local" if own_spec and options.backend is None else options.backend, options.parts)
 
 
-def _pattern(architecture: Architecture, stages: int, seq_length: int) -> str:
+def _asynchronous_saving() -> Flags:
+    """What else ``--async-save`` needs; without it, Megatron saves synchronously after all."""
+    ours: Flags = {"--use-persistent-ckpt-worker": None}
+    return ours if importlib.util.find_spec("nvidia_resiliency_ext") else ours | {"--async-strategy": "mcore"}
+
+
+def _pattern(architecture: Architecture, layout: Layout | None) -> str:
+    """The sequence in Megatron's letters, cut for the layout; whole where there is none."""
     from composer_megatron.specs import hybrid_pattern
 
-    return hybrid_pattern(architecture.sequence, cut_sequence(architecture, stages, seq_len=seq_length))
+    if layout is None:
+        return hybrid_pattern(architecture.sequence)
+    ranks, virtual = layout.pipeline_parallel, layout.virtual_stages
+    stages = cut_sequence(architecture, ranks, virtual_stages=virtual, seq_len=layout.seq_len)
+    return hybrid_pattern(architecture.sequence, stages)
 
 
 def _prepare_process() -> None:
@@ -165,8 +218,8 @@ def _prepare_process() -> None:
 def _check_run_dir(run_dir: Path, architecture: Architecture, text: TextInfo | None) -> None:
     """See that the run found there, if any, is of the same model and tokenizer."""
     known = run_dir / "architecture.json"
-    if known.exists() and Architecture.load(known) != architecture:
-        raise UsageError(f"{run_dir} is a run of another architecture ({known}); choose another --run-dir")
+    if known.exists():
+        guards.check_same(Architecture.load(known), architecture, known)
     tokenizer = run_dir / "tokenizer.json"
     if text is not None and tokenizer.exists() and _read(tokenizer) != _read(text.tokenizer):
         raise UsageError(f"{run_dir} is a run with another tokenizer than {text.folder}; choose another --run-dir")
@@ -195,38 +248,37 @@ def _parse_and_validate(command_line: list[str], *, debug: bool) -> Namespace:
     try:
         return megatron_arguments.parse_and_validate_args()
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise UsageError(f"Megatron refuses these flags: {error or type(error).__name__}") from error
+        raise _refusal(error) from error
 
 
-def _checkpointed_iteration(args: Namespace) -> int:
-    """The iteration that the run will go on from; 0 for a new run.
+def _refusal(error: Exception) -> UsageError:
+    """Megatron's own words or, where an assertion has none, what it asserts."""
+    asserted = traceback.extract_tb(error.__traceback__)[-1].line
+    return UsageError(f"Megatron refuses these flags: {str(error) or asserted}")
 
-    Raises:
-        FileError: If the checkpoint folder does not say, or has no such checkpoint.
-    """
-    tracker = Path(args.load or "") / "latest_checkpointed_iteration.txt"
-    if not args.load or not tracker.is_file():
-        return 0
-    found = _read(tracker).strip()
-    if found != "release" and not found.isdecimal():
-        raise FileError(f"{tracker} says {found[:40]!r}; expected the number of an iteration with a folder beside it")
-    if found == "release":
-        return 0
-    iteration = args.ckpt_step or int(found)
-    folder = tracker.parent / f"iter_{iteration:07d}"
-    if not folder.is_dir():
-        raise FileError(f"{folder} is missing: restore it, or put the number of another iteration into {tracker}")
-    return iteration
+
+class _Metrics(MetricsLog):
+    """The metrics log, opened at the first scalar: only then is it known where the run went on."""
+
+    def __init__(self, path: Path, resumption: Resumption) -> None:
+        self.path, self._resumption = path, resumption
+        self._is_open = False
+
+    def add_scalar(self, name: str, value: Any, iteration: int, *_: Any, **__: Any) -> None:
+        if not self._is_open:
+            super().__init__(self.path, self._resumption.iteration)
+            self._is_open = True
+        super().add_scalar(name, value, iteration)
 
 
 @contextlib.contextmanager
-def _metrics(run_dir: Path | None, resumed_at: int, args: Namespace) -> Iterator[None]:
+def _metrics(run_dir: Path | None, resumption: Resumption, args: Namespace) -> Iterator[None]:
     """Log to ``metrics.jsonl``, too, what Megatron gives to TensorBoard, on the one rank that does."""
     from megatron.training import global_vars
 
     writer = global_vars.get_tensorboard_writer()
     if run_dir is not None and args.rank == args.world_size - 1:
-        writer = tee(MetricsLog(run_dir / "metrics.jsonl", resumed_at), writer)
+        writer = tee(_Metrics(run_dir / "metrics.jsonl", resumption), writer)
         global_vars._GLOBAL_TENSORBOARD_WRITER = writer
     try:
         yield
@@ -235,7 +287,7 @@ def _metrics(run_dir: Path | None, resumed_at: int, args: Namespace) -> Iterator
             writer.close()
 
 
-def _pretrain(args: Namespace) -> None:
+def _pretrain(args: Namespace, backend: "Backend", resumption: Resumption) -> None:
     """Hand over to Megatron's training loop."""
     import torch.distributed
     from megatron.core.datasets import utils as dataset_utils
@@ -243,8 +295,10 @@ def _pretrain(args: Namespace) -> None:
     from megatron.training import training
     from megatron.training.argument_utils import hybrid_config_from_args, pretrain_cfg_container_from_args
 
+    from composer_megatron.builder import CompositeModelConfig
     from composer_megatron.data import forward_step, train_valid_test_datasets
-    from composer_megatron.specs import composite_stack_spec
+    from composer_megatron.optimizer import prepare_optimizer, with_clear_resharding
+    from composer_megatron.specs import stack_spec
 
     if args.spec is not None:
         _check_spec(args.spec)
@@ -253,16 +307,25 @@ def _pretrain(args: Namespace) -> None:
         dataset_utils.compile_helpers = lambda: None
     older = "restore it, or put the number of an older one into latest_checkpointed_iteration.txt"
     training.load_checkpoint = _with_clear_errors(
-        training.load_checkpoint, f"load the checkpoint in {args.load}", older
+        resumption.loading(with_clear_resharding(training.load_checkpoint), args),
+        f"load the checkpoint in {args.load}",
+        older,
     )
     again = "make room; the same command goes on from the checkpoint before it"
     training.save_checkpoint = _with_clear_errors(training.save_checkpoint, f"save a checkpoint in {args.save}", again)
-    config = hybrid_config_from_args(args)
+    prepare_optimizer(backend.optimizer.use)
+    backend.install()  # before the configuration, which is refused where it asks for what is not there
+    try:
+        config = hybrid_config_from_args(args, model_config_cls=CompositeModelConfig)
+        container = pretrain_cfg_container_from_args(args, config)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise error if isinstance(error, ComposerError) else _refusal(error) from error
+    config.loss = backend.loss.use
     if args.spec is None:
-        config.hybrid_stack_spec = composite_stack_spec
+        config.hybrid_stack_spec = stack_spec(backend)
         config.pre_wrap_hooks.append(_initialize_weights)
     training.pretrain(
-        pretrain_cfg_container_from_args(args, config),
+        container,
         train_valid_test_datasets,
         ModelType.encoder_or_decoder,
         forward_step,
@@ -298,6 +361,8 @@ def _with_clear_errors(function: Callable[..., Any], doing: str, advice: str) ->
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
+        except ComposerError:
+            raise
         except (Exception, CheckpointException) as error:
             cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             raise FileError(f"cannot {doing}: {type(cause).__name__}: {cause}; {advice}") from error

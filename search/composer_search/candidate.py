@@ -64,8 +64,14 @@ class Attention(nn.Module):
 
 def rotate(x: Tensor) -> Tensor:
     """Turn each pair (2i, 2i + 1) of the last dimension of x [..., length, width] by position · 10000^(-2i/width)."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation(x.shape[-2], x.shape[-1], x.device)).flatten(-2)
+    return turn(x, rotation(x.shape[-2], x.shape[-1], x.device))
+
+
+def turn(x: Tensor, turns: Tensor) -> Tensor:
+    """Multiply the pairs (2i, 2i + 1) of the last dimension of x [..., length, width] by turns [length, width/2]."""
+    wide = x.float() if x.dtype == torch.bfloat16 else x  # there are no complex numbers of bfloat16
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
 @functools.lru_cache(maxsize=16)
@@ -93,6 +99,13 @@ class SwiGLU(nn.Module):
 _BLOCKS: dict[str, type[Attention] | type[SwiGLU]] = {"A": Attention, "M": SwiGLU}
 
 
+def require_blocks(sequence: CompositeSequence) -> None:
+    """Raise a `UsageError` if the sequence holds a primitive that the proxy has no block for."""
+    if unknown := set(sequence) - set(_BLOCKS):
+        have = ", ".join(_BLOCKS)
+        raise UsageError(f"{sequence}: the proxy model has no block for {min(unknown)!r}; it has {have}")
+
+
 class Candidate(nn.Module):
     """The model of one sequence: tokens int64 [batch, length] to logits [batch, length, vocab_size].
 
@@ -111,9 +124,7 @@ class Candidate(nn.Module):
         self, sequence: CompositeSequence, vocab_size: int, widths: Widths, *, autoencoder: bool = False
     ) -> None:
         super().__init__()
-        if unknown := set(sequence) - set(_BLOCKS):
-            have = ", ".join(_BLOCKS)
-            raise UsageError(f"{sequence}: the proxy model has no block for {min(unknown)!r}; it has {have}")
+        require_blocks(sequence)
         hidden = widths.hidden_size
         self.embedding = nn.Embedding(vocab_size, hidden)
         nn.init.normal_(self.embedding.weight, std=0.02)

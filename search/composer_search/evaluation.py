@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from fractions import Fraction
+from typing import Any, Protocol, runtime_checkable
 
 from composer_megatron.sequence import CompositeSequence
 
@@ -39,4 +40,25 @@ class Evaluator(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Everything that the scores depend on, as JSON values; ``name`` first. Kept in the study."""
+        ...
+
+
+@runtime_checkable
+class BatchEvaluator(Evaluator, Protocol):
+    """An evaluator that is faster with several sequences at once."""
+
+    def evaluate_many(self, sequences: Sequence[CompositeSequence]) -> list[Evaluation]:
+        """Score sequences, in their order; each score is what `evaluate` would give.
+
+        If it raises, the sequences are evaluated one by one.
+        """
+        ...
+
+
+@runtime_checkable
+class ScalableEvaluator(Evaluator, Protocol):
+    """An evaluator whose candidates can be made narrower or wider."""
+
+    def scaled(self, share: Fraction) -> Evaluator:
+        """The same evaluator with every width of the candidates times `share`, rounded to what its blocks allow."""
         ...

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from composer_megatron.errors import ComposerError, UsageError
 from composer_megatron.sequence import CompositeSequence
-from composer_search.study import Space, StudySettings, Trial
+from composer_search.region import Region
+from composer_search.space import Space
+from composer_search.study import StudySettings, Trial
 
 if TYPE_CHECKING:
     from ax.api.client import Client
@@ -32,7 +34,7 @@ class Proposal:
     Attributes:
         trial: The new trial's number.
         sequence: The sequence.
-        proposer: Who chose it: ``sobol``, ``bayesian``, ``exhaustive`` or ``random``.
+        proposer: Who chose it: ``sobol``, ``bayesian``, ``exhaustive``, ``random`` or ``evolution``.
         note: What went wrong where another proposer had to step in.
         snapshot: The state that it was computed from, for the study's `ax.json`.
     """
@@ -65,22 +67,43 @@ class Proposer(Protocol):
 def make_proposer(settings: StudySettings) -> Proposer:
     """The proposer that the settings name.
 
+    Ax models accuracy and knows nothing of exact costs and constraints; where there are any, BoTorch is used directly.
+
     Raises:
-        UsageError: If there is no such proposer, or it cannot do the task.
+        UsageError: If there is no such proposer, or it cannot do the task, or the constraints leave nothing to propose.
         ComposerError: If a package that it needs is missing.
     """
     if settings.budget < 1:
         raise UsageError(f"budget={settings.budget}; expected at least 1 trial")
+    if settings.batch < 1:
+        raise UsageError(f"batch={settings.batch}; expected at least 1 trial")
+    settings.criteria.check(settings.space)
+    region = Region(settings.space, settings.criteria)
     if settings.proposer == "random":
-        return RandomProposer(settings.space, settings.seed)
+        return RandomProposer(region, settings.seed)
     if settings.proposer == "exhaustive":
-        if settings.budget < settings.space.size:
-            size = f"all {settings.space.size:,} sequences of {settings.space.length} blocks"
+        if settings.budget < region.size:
+            size = f"all {region.size:,} sequences of {settings.space.length} blocks"
             raise UsageError(f"budget={settings.budget} is too small for an exhaustive search of {size}; raise it")
-        return ExhaustiveProposer(settings.space, settings.seed)
+        return ExhaustiveProposer(region, settings.seed)
+    if settings.proposer == "evolution":
+        from composer_search.evolution import EvolutionProposer
+
+        return EvolutionProposer(region, settings.seed, settings.initial)
     if settings.proposer == "bayesian":
-        return BayesianProposer(settings.space, settings.seed, settings.initial)
-    raise UsageError(f"unknown proposer {settings.proposer!r}; expected bayesian, exhaustive or random")
+        require_search_packages()
+        if settings.criteria.plain:
+            return BayesianProposer(settings.space, settings.seed, settings.initial)
+        from composer_search.botorch_proposer import BotorchProposer
+
+        return BotorchProposer(region, settings.seed, settings.initial)
+    raise UsageError(f"unknown proposer {settings.proposer!r}; expected bayesian, exhaustive, random or evolution")
+
+
+def require_search_packages() -> None:
+    """Raise a `ComposerError` that says what to install where Ax or BoTorch is missing."""
+    if any(importlib.util.find_spec(name) is None for name in ("ax", "botorch")):
+        raise ComposerError('a Bayesian search needs Ax: pip install "composer-megatron[search]"')
 
 
 def propose_batch(
@@ -96,26 +119,23 @@ def propose_batch(
     return batch
 
 
-def _tried(trials: Sequence[Trial], running: Sequence[Proposal]) -> set[CompositeSequence]:
+def tried_sequences(trials: Sequence[Trial], running: Sequence[Proposal]) -> set[CompositeSequence]:
+    """The sequences that must not be proposed again."""
     return {trial.sequence for trial in trials} | {proposal.sequence for proposal in running}
 
 
 @dataclass(frozen=True)
 class RandomProposer:
-    """Uniform over the sequences not tried yet."""
+    """Uniform over the sequences of the region that were not tried yet."""
 
-    space: Space
+    region: Region
     seed: int
 
     def propose(self, trials: Sequence[Trial], running: Sequence[Proposal], number: int) -> Proposal | None:
-        """Draw the rank among the untried, then skip the tried ones below it: uniform without a rejection."""
-        tried = sorted(map(self.space.rank, _tried(trials, running)))
-        if len(tried) >= self.space.size:
-            return None
-        rank = random.Random(f"{self.seed}/{number}").randrange(self.space.size - len(tried))
-        for other in tried:
-            rank += other <= rank
-        return Proposal(number, self.space.at(rank), "random")
+        """Draw one; of a space too large to enumerate under constraints, by trying at random."""
+        rng = random.Random(f"{self.seed}/{number}")
+        sequence = self.region.draw(tried_sequences(trials, running), rng)
+        return None if sequence is None else Proposal(number, sequence, "random")
 
     def snapshot(self, trials: Sequence[Trial]) -> None:
         """There is no state."""
@@ -123,17 +143,19 @@ class RandomProposer:
 
 @dataclass(frozen=True)
 class ExhaustiveProposer:
-    """Every sequence once, in an order shuffled by the seed, so that a part of the search is a fair sample."""
+    """Every sequence of the region once, in an order shuffled by the seed, so that a part of it is a fair sample."""
 
-    space: Space
+    region: Region
     seed: int
 
     def propose(self, trials: Sequence[Trial], running: Sequence[Proposal], number: int) -> Proposal | None:
         """The first sequence of that order that has not been tried."""
-        order = random.Random(self.seed).sample(range(self.space.size), self.space.size)
-        tried = {self.space.rank(sequence) for sequence in _tried(trials, running)}
-        rank = next((rank for rank in order if rank not in tried), None)
-        return None if rank is None else Proposal(number, self.space.at(rank), "exhaustive")
+        space = self.region.space
+        order = random.Random(self.seed).sample(range(space.size), space.size)
+        tried = {space.rank(sequence) for sequence in tried_sequences(trials, running)}
+        left = (rank for rank in order if rank not in tried and self.region.allows(space.at(rank)))
+        rank = next(left, None)
+        return None if rank is None else Proposal(number, space.at(rank), "exhaustive")
 
     def snapshot(self, trials: Sequence[Trial]) -> None:
         """There is no state."""
@@ -155,23 +177,20 @@ class BayesianProposer:
 
     Raises:
         UsageError: If `initial` is below 1.
-        ComposerError: If Ax is not installed.
     """
 
     def __init__(self, space: Space, seed: int, initial: int) -> None:
         if initial < 1:
             raise UsageError(f"initial={initial}; expected at least 1 trial before the Bayesian ones")
-        if importlib.util.find_spec("ax") is None:
-            raise ComposerError('a Bayesian search needs Ax: pip install "composer-megatron[search]"')
         self.space, self.seed, self.initial = space, seed, initial
 
     def propose(self, trials: Sequence[Trial], running: Sequence[Proposal], number: int) -> Proposal | None:
         """Ask Ax, and a random proposer where Ax has no answer."""
-        fallback = RandomProposer(self.space, self.seed).propose(trials, running, number)
+        fallback = RandomProposer(Region(self.space), self.seed).propose(trials, running, number)
         if fallback is None:
             return None
-        tried = _tried(trials, running)
-        with _quiet_single_thread():
+        tried = tried_sequences(trials, running)
+        with quiet_single_thread():
             client = self._client(trials, running, number)
             try:
                 sequence = self._ask(client)
@@ -185,20 +204,20 @@ class BayesianProposer:
 
     def snapshot(self, trials: Sequence[Trial]) -> Mapping[str, Any]:
         """The Ax client's snapshot after `trials`, as `ax.api.client.Client.load_from_json_file` reads it."""
-        with _quiet_single_thread():
+        with quiet_single_thread():
             snapshot: Mapping[str, Any] = self._client(trials, (), len(trials))._to_json_snapshot()
         return snapshot
 
     def _ask(self, client: Client) -> CompositeSequence:
         (parameters,) = client.get_next_trials(max_trials=1).values()
-        return CompositeSequence("".join(str(parameters[name]) for name in self._positions))
+        return self.space.join("".join(str(parameters[name]) for name in self._positions))
 
     @property
     def _positions(self) -> list[str]:
-        return [f"block_{position}" for position in range(self.space.length)]
+        return [f"block_{position}" for position in range(self.space.free)]
 
     def _parameters(self, sequence: CompositeSequence) -> dict[str, str | int | float | bool]:
-        return dict(zip(self._positions, sequence, strict=True))
+        return dict(zip(self._positions, self.space.free_letters(sequence), strict=True))
 
     def _client(self, trials: Sequence[Trial], running: Sequence[Proposal], number: int) -> Client:
         """An Ax client that knows the trials, in the order of their numbers whatever order they ended in."""
@@ -259,7 +278,7 @@ class BayesianProposer:
 
 
 @contextlib.contextmanager
-def _quiet_single_thread() -> Iterator[None]:
+def quiet_single_thread() -> Iterator[None]:
     """One torch thread, since Ax is many times slower where threads compete for the cores, and no chatter of Ax."""
     import torch
 

@@ -1,28 +1,36 @@
-"""Strategies: the loop that proposes, evaluates and records until the budget is spent. `search` is the way in."""
+"""Strategies: what a search looks at and in which order. `search` is the way in."""
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from composer_megatron.errors import ComposerError, UsageError
-from composer_search.evaluation import Evaluator
-from composer_search.proposers import Proposal, Proposer, make_proposer, propose_batch
-from composer_search.study import Space, Study, StudySettings, Trial, now
-from composer_search.workers import Outcome, Pool, worker_pool
+from composer_megatron.errors import UsageError
+from composer_megatron.shape import load_shape
+from composer_search.constraints import Criteria
+from composer_search.evaluation import Evaluator, ScalableEvaluator
+from composer_search.extrapolate import Match, Method
+from composer_search.incremental import search_steps
+from composer_search.loop import Progress, run_trials
+from composer_search.objectives import ACCURACY, Objective, Target
+from composer_search.proposers import Proposal, make_proposer
+from composer_search.region import Region
+from composer_search.space import Space
+from composer_search.study import Study, StudySettings, Trial
+from composer_search.workers import Executor
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-Progress = Callable[[Study, Sequence[Proposal]], None]
-"""Called with the study and the running trials whenever either has changed."""
+ProposerName = Literal["bayesian", "exhaustive", "random", "evolution"]
+Strategy = Literal["one-shot", "end", "middle"]
 
-_HOPELESS = 3
-"""So many failed trials while none was ever completed end a search: the next ones would fail as well."""
+_DEFAULT_TARGET = "1b"
+"""The target of objectives and constraints that name none: the size of the paper's main results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +40,24 @@ class SearchSettings:
     Attributes:
         length: Blocks of a sequence.
         primitives: Letters to choose from.
+        strategy: ``one-shot`` searches all blocks at once; ``end`` and ``middle`` add `step` blocks at a time, after
+            the best sequence so far or between its halves (arXiv 2510.00379).
+        step: Blocks that a step of an incremental search adds.
+        width_scaling: Make candidates as wide, in proportion to their depth, as the target: the evaluator's own widths
+            belong to the depth of the target's Llama-style baseline.
         proposer: Who chooses. Where the budget covers the whole space, the search is exhaustive whatever is asked for.
-        budget: Trials in all.
-        initial: Quasi-random trials before the Bayesian ones; None for one a block, but at least 5.
+        budget: Trials in all; of an incremental search, trials of each step.
+        initial: Quasi-random trials before the Bayesian ones, and the population of an evolution; None for one a block
+            that is searched, but at least 5.
+        batch: Trials that are proposed together and handed to one worker.
+        objective: What is maximised, such as ``accuracy - 0.2 kv_bytes`` (`composer_search.objectives`).
+        constraints: What every candidate meets, such as ``attention <= 1/3`` (`composer_search.constraints`).
+        target_shape: Preset or file of the shape that candidates are grown to for exact metrics; None for ``1b`` where
+            something needs one, and else for none.
+        method: How they are grown.
+        match: Their size; ``parameters`` is the arm of equal parameters.
+        seq_len: Tokens of a sequence, for FLOPs and throughput.
+        device: GPU that throughput is predicted for.
         seed: Of the proposals, the data and the weights.
         evaluator: The MAD preset: ``smoke``, ``demo`` or ``baseline``.
         overrides: Settings of the preset to change, by name (`composer_search.evaluators.preset`).
@@ -43,24 +66,56 @@ class SearchSettings:
 
     length: int = 6
     primitives: str = "AM"
-    proposer: Literal["bayesian", "exhaustive", "random"] = "bayesian"
+    strategy: Strategy = "one-shot"
+    step: int = 4
+    width_scaling: bool = False
+    proposer: ProposerName = "bayesian"
     budget: int = 16
     initial: int | None = None
+    batch: int = 1
+    objective: str = ACCURACY
+    constraints: Sequence[str] = ()
+    target_shape: str | None = None
+    method: Method = "stack"
+    match: Match = "paper"
+    seq_len: int = 4096
+    device: str = "h100"
     seed: int = 0
     evaluator: str = "demo"
     overrides: Mapping[str, Any] = field(default_factory=dict)
     seeds: int | None = None
 
+    @property
+    def criteria(self) -> Criteria:
+        """The objective, the constraints and the target, read and checked."""
+        needed = bool(self.constraints) or not Objective.parse(self.objective).plain
+        shape = self.target_shape or (_DEFAULT_TARGET if needed else None)
+        options: dict[str, Any] = {
+            "method": self.method,
+            "match": self.match,
+            "seq_len": self.seq_len,
+            "device": self.device,
+        }
+        target = None if shape is None else Target(shape=load_shape(shape), **options)
+        return Criteria.parse(self.objective, self.constraints, target)
+
     def study_settings(self, evaluator: Evaluator) -> StudySettings:
         """The settings in full, as a study keeps them."""
-        space = Space(self.primitives, self.length)
+        space, criteria, incremental = Space(self.primitives, self.length), self.criteria, self.strategy != "one-shot"
+        searched = self.step if incremental else self.length
+        whole = not incremental and Region(space, criteria).size <= self.budget
         return StudySettings(
             space=space,
-            proposer="exhaustive" if space.size <= self.budget else self.proposer,
-            initial=max(5, self.length) if self.initial is None else self.initial,
+            proposer="exhaustive" if whole else self.proposer,
+            initial=max(5, searched) if self.initial is None else self.initial,
             seed=self.seed,
             budget=self.budget,
             evaluator=evaluator.describe(),
+            batch=self.batch,
+            criteria=criteria,
+            strategy=self.strategy,
+            step=self.step if incremental else 0,
+            width_scaling=self.width_scaling,
         )
 
 
@@ -69,6 +124,7 @@ def search(
     study_path: Path | str,
     *,
     workers: int = 1,
+    executor: Executor = "local",
     progress: Progress | None = None,
     evaluator: Evaluator | None = None,
     cache_dir: Path | None = None,
@@ -82,7 +138,8 @@ def search(
     Args:
         settings: What to search.
         study_path: The study's folder, made if it is not there.
-        workers: Processes that evaluate, each one trial at a time on one thread; 0 evaluates in this process.
+        workers: Processes that evaluate, each one batch at a time on one thread; 0 evaluates in this process.
+        executor: ``local`` for processes of this machine, ``ray`` for a Ray cluster's.
         progress: Called when a trial starts or ends.
         evaluator: Used instead of MAD with the settings' preset.
         cache_dir: Folder where generated MAD data are kept; None generates them in each worker.
@@ -99,81 +156,38 @@ def search(
         seeds = {"seed": settings.seed} | ({} if settings.seeds is None else {"seeds": settings.seeds})
         evaluator = MadEvaluator(preset(settings.evaluator, **{**settings.overrides, **seeds}), cache_dir)
     wanted = settings.study_settings(evaluator)
-    proposer = make_proposer(wanted)
+
+    def run(study: Study) -> None:
+        fitting = _fitting(evaluator, settings, study.settings.space.length)
+        run_trials(study, make_proposer(study.settings), fitting, workers=workers, executor=executor, progress=progress)
+
+    if settings.strategy != "one-shot":
+
+        def describe(length: int) -> dict[str, Any]:
+            return _fitting(evaluator, settings, length).describe()
+
+        return search_steps(wanted, study_path, describe, run)
+    make_proposer(wanted)  # refuses what cannot be searched before there is a folder
+    _fitting(evaluator, settings, settings.length)
     with Study.open(study_path, wanted) as study:
-        run_one_shot(study, proposer, evaluator, workers=workers, progress=progress)
+        run(study)
     return study
 
 
-def run_one_shot(
-    study: Study, proposer: Proposer, evaluator: Evaluator, *, workers: int = 1, progress: Progress | None = None
-) -> None:
-    """Search all positions at once (One-Shot of arXiv 2510.00379) until the budget is spent or no sequence is left.
+def _fitting(evaluator: Evaluator, settings: SearchSettings, length: int) -> Evaluator:
+    """The evaluator for candidates of that length.
 
-    Args:
-        study: Open for writing.
-        proposer: Chooses the sequences.
-        evaluator: Scores them.
-        workers: As for `search`.
-        progress: As for `search`.
-
-    Raises:
-        FileError: If a trial cannot be recorded; those before it are safe.
-        ComposerError: If trials fail and none was ever completed.
+    With width scaling, width : depth is the target's throughout: a candidate of L of the target's D blocks has L/D of
+    the widths that the evaluator would give the target. The rule is the paper's (arXiv 2510.00379: shrink the widths
+    too, keeping width to depth), which does not state its small widths.
     """
-    before, failures = len(study.trials), 0
-    with worker_pool(evaluator, workers) as pool:
-        while _start_trials(study, proposer, pool, progress) or pool.running:
-            for proposal, outcome in pool.wait():
-                study.record(_trial(proposal, outcome))
-                failures += not study.trials[-1].completed
-                if progress is not None:
-                    progress(study, pool.running)
-            if failures >= _HOPELESS and not study.completed:
-                error = study.trials[-1].error
-                raise ComposerError(f"{failures} trials failed and none was completed; the last one: {error}")
-    snapshot = proposer.snapshot(study.trials) if len(study.trials) > before else None
-    if snapshot is not None:
-        study.save_snapshot(snapshot)
-
-
-def _start_trials(study: Study, proposer: Proposer, pool: Pool, progress: Progress | None) -> bool:
-    """Give every free worker a trial, as far as the budget and the space allow; whether any was started."""
-    numbers = study.free_numbers([proposal.trial for proposal in pool.running])
-    batch = propose_batch(proposer, study.trials, pool.running, numbers[: pool.free])
-    for proposal in batch:
-        if proposal.snapshot is not None:
-            study.save_snapshot(proposal.snapshot)
-        pool.start(proposal)
-        if progress is not None:
-            progress(study, pool.running)
-    return bool(batch)
-
-
-def _trial(proposal: Proposal, outcome: Outcome) -> Trial:
-    """The line for the log."""
-    common: dict[str, Any] = {
-        "trial": proposal.trial,
-        "sequence": proposal.sequence,
-        "proposer": proposal.proposer,
-        "seconds": round(outcome.seconds, 3),
-        "finished": now(),
-    }
-    note = {"proposer_note": proposal.note} if proposal.note else {}
-    found = outcome.evaluation
-    if found is None:
-        return Trial(**common, error=outcome.error or "no reason was given", details=note)
-    if not math.isfinite(found.score):
-        return Trial(**common, error=f"the score is {found.score}", details=note)
-    return Trial(
-        **common,
-        score=found.score,
-        spread=found.spread,
-        seed_scores=found.seed_scores,
-        tasks=found.tasks,
-        test_score=found.test_score,
-        details={**found.details, **note},
-    )
+    if not settings.width_scaling:
+        return evaluator
+    if not isinstance(evaluator, ScalableEvaluator):
+        name = evaluator.describe().get("name")
+        raise UsageError(f"width scaling: the evaluator {name!r} cannot change its widths; leave it off")
+    depth = 2 * load_shape(settings.target_shape or _DEFAULT_TARGET).baseline_pairs
+    return evaluator.scaled(Fraction(length, depth))
 
 
 @contextlib.contextmanager
@@ -191,17 +205,18 @@ def progress_bar(console: Console | None = None) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[now]}"),
     )
-    shown: int | None = None
+    shown: dict[Path, int] = {}
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None, now="starting workers")
 
         def show(study: Study, running: Sequence[Proposal]) -> None:
-            nonlocal shown
-            for trial in study.trials[shown if shown is not None else len(study.trials) :]:
+            for trial in study.trials[shown.get(study.path, len(study.trials)) :]:
                 bar.console.print(_line(trial, study), markup=False)
-            shown = len(study.trials)
+            shown[study.path] = len(study.trials)
             names = ", ".join(str(proposal.sequence) for proposal in running)
-            bar.update(task, completed=shown, total=study.settings.budget, now=f"running {names}" if names else "")
+            bar.update(
+                task, completed=len(study.trials), total=study.settings.budget, now=f"running {names}" if names else ""
+            )
 
         yield show
 

@@ -8,7 +8,6 @@ snapshot, is for people who want to look at the model with Ax; nothing here read
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -20,59 +19,12 @@ from typing import IO, Any, Self
 
 from composer_megatron.errors import ComposerError, FileError, UsageError
 from composer_megatron.files import append_json_line, naming, read_json, read_json_lines, write_json, write_text
-from composer_megatron.primitives import PRIMITIVES
 from composer_megatron.sequence import CompositeSequence
+from composer_search.constraints import Criteria
+from composer_search.space import Space
 
 _FORMAT = "composer-study"
 _VERSION = 1
-
-
-@dataclass(frozen=True)
-class Space:
-    """All sequences of `length` blocks over `primitives`.
-
-    Attributes:
-        primitives: Their letters, each once.
-        length: Blocks of a sequence.
-    """
-
-    primitives: str
-    length: int
-
-    def __post_init__(self) -> None:
-        """Raise a `UsageError` for a space of nothing, or of primitives that there are not."""
-        if not self.primitives or len(set(self.primitives)) < len(self.primitives):
-            raise UsageError(f"primitives={self.primitives!r}; expected different letters, such as 'AM'")
-        for letter in self.primitives:
-            if letter not in PRIMITIVES:
-                raise UsageError(
-                    f"primitives={self.primitives!r}: unknown {letter!r}; known are {', '.join(PRIMITIVES)}"
-                )
-        if self.length < 1:
-            raise UsageError(f"length={self.length}; expected at least 1 block")
-
-    @property
-    def size(self) -> int:
-        """How many sequences there are."""
-        return len(self.primitives) ** self.length
-
-    def at(self, rank: int) -> CompositeSequence:
-        """The sequence of that rank in [0, size): its letters are the rank's digits, the first block's the highest."""
-        letters = ""
-        for _ in range(self.length):
-            rank, digit = divmod(rank, len(self.primitives))
-            letters = self.primitives[digit] + letters
-        return CompositeSequence(letters)
-
-    def rank(self, sequence: CompositeSequence) -> int:
-        """The inverse of `at`."""
-        rank = 0
-        for letter in sequence:
-            rank = rank * len(self.primitives) + self.primitives.index(letter)
-        return rank
-
-    def __contains__(self, sequence: CompositeSequence) -> bool:
-        return len(sequence) == self.length and set(sequence) <= set(self.primitives)
 
 
 @dataclass(frozen=True)
@@ -81,11 +33,17 @@ class StudySettings:
 
     Attributes:
         space: What is searched.
-        proposer: ``bayesian``, ``exhaustive`` or ``random``.
-        initial: Quasi-random trials before the first Bayesian one.
+        proposer: ``bayesian``, ``exhaustive``, ``random`` or ``evolution``.
+        initial: Quasi-random trials before the first Bayesian one, and the population of an evolution.
         seed: Of the proposer.
-        budget: Trials in all, failed ones included. The one setting that may be raised later.
+        budget: Trials in all, failed ones included; of an incremental search, trials of a step. The one setting that
+            may be raised later, but not in an incremental search, whose later steps rest on the earlier ones.
         evaluator: All of the evaluator's settings as JSON values.
+        batch: Trials that are proposed together, before any of them is known.
+        criteria: What is wanted of a sequence.
+        strategy: ``one-shot``, ``end`` or ``middle``.
+        step: Blocks that a step of an incremental search adds; 0 for one-shot.
+        width_scaling: Whether candidates are as wide, in proportion to their depth, as the target.
     """
 
     space: Space
@@ -94,27 +52,44 @@ class StudySettings:
     seed: int
     budget: int
     evaluator: Mapping[str, Any]
+    batch: int = 1
+    criteria: Criteria = field(default_factory=Criteria)
+    strategy: str = "one-shot"
+    step: int = 0
+    width_scaling: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as they stand in `study.json`."""
+        proposer = {"name": self.proposer, "initial": self.initial, "seed": self.seed, "batch": self.batch}
         return {
-            "space": dataclasses.asdict(self.space),
-            "proposer": {"name": self.proposer, "initial": self.initial, "seed": self.seed},
+            "space": self.space.as_dict(),
+            "strategy": {"name": self.strategy, "step": self.step, "width_scaling": self.width_scaling},
+            "proposer": proposer,
+            **self.criteria.as_dict(),
             "evaluator": dict(self.evaluator),
             "budget": self.budget,
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StudySettings:
-        """The inverse of `as_dict`; raises `KeyError`, `TypeError` or `UsageError` on values of another kind."""
-        proposer = values["proposer"]
+        """The inverse of `as_dict`, which also reads studies from before there were strategies and objectives.
+
+        Raises `KeyError`, `TypeError` or `UsageError` on values of another kind.
+        """
+        proposer, strategy = values["proposer"], values.get("strategy", {"name": "one-shot", "step": 0})
+        space = values["space"]
         return cls(
-            space=Space(values["space"]["primitives"], values["space"]["length"]),
+            space=Space(space["primitives"], space["length"], space.get("prefix", ""), space.get("suffix", "")),
             proposer=proposer["name"],
             initial=proposer["initial"],
             seed=proposer["seed"],
             budget=values["budget"],
             evaluator=dict(values["evaluator"]),
+            batch=proposer.get("batch", 1),
+            criteria=Criteria.from_dict(values),
+            strategy=strategy["name"],
+            step=strategy["step"],
+            width_scaling=strategy.get("width_scaling", False),
         )
 
 
@@ -125,14 +100,15 @@ class Trial:
     Attributes:
         trial: Number in the study, from 0, in the order of proposal; the log is in the order of completion.
         sequence: The candidate.
-        proposer: Who proposed it: ``sobol``, ``bayesian``, ``exhaustive`` or ``random``.
+        proposer: Who proposed it: ``sobol``, ``bayesian``, ``exhaustive``, ``random`` or ``evolution``.
         seconds: Time its evaluation took.
         finished: When it ended, ISO 8601.
-        score: What the search maximises; None for a failed trial.
+        score: Its accuracy; None for a failed trial.
         spread: Standard deviation of the score over seeds.
         seed_scores: The score of each seed.
         tasks: The score of each task, mean over seeds.
         test_score: The score on data that nothing was chosen by.
+        objective: The exact metrics of the grown sequence and, of a mix, its ``value``; empty where there is no target.
         details: More, for people.
         error: Why the trial failed; None for a completed one.
     """
@@ -147,6 +123,7 @@ class Trial:
     seed_scores: tuple[float, ...] = ()
     tasks: Mapping[str, float] = field(default_factory=dict)
     test_score: float | None = None
+    objective: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
 
@@ -163,6 +140,8 @@ class Trial:
             values |= {"seed_scores": list(self.seed_scores), "tasks": dict(self.tasks), "test_score": self.test_score}
         else:
             values |= {"status": "failed", "error": self.error}
+        if self.objective:
+            values["objective"] = dict(self.objective)
         values |= {"proposer": self.proposer, "seconds": self.seconds, "finished": self.finished}
         return values | {"details": dict(self.details)}
 
@@ -185,6 +164,7 @@ class Trial:
             seed_scores=tuple(_take(values, "seed_scores", list)) if completed else (),
             tasks=_take(values, "tasks", dict) if completed else {},
             test_score=values.get("test_score"),
+            objective=values.get("objective", {}),
             details=values.get("details", {}),
             error=None if completed else _take(values, "error", str),
         )
@@ -206,11 +186,20 @@ class Study:
         settings: What was asked for.
         created: When, ISO 8601.
         trials: In the order of completion.
+        steps: What an incremental search has found so far, a JSON object a step.
     """
 
-    def __init__(self, path: Path, settings: StudySettings, created: str, trials: Sequence[Trial]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: StudySettings,
+        created: str,
+        trials: Sequence[Trial],
+        steps: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         """Use `open` or `load`."""
         self.path, self.settings, self.created = path, settings, created
+        self.steps = list(steps)
         self.trials = list(trials)
         self._lock: IO[bytes] | None = None
 
@@ -251,8 +240,7 @@ class Study:
     def _create(path: Path, settings: StudySettings) -> None:
         if (path / "trials.jsonl").exists():
             raise FileError(f"{path} has trials.jsonl but no study.json; restore it, or use another folder")
-        head = {"format": _FORMAT, "version": _VERSION, "created": now()}
-        write_json(path / "study.json", head | settings.as_dict())
+        _write_head(path, settings, now(), ())
 
     @classmethod
     def _read(cls, path: Path, *, repair: bool) -> Study:
@@ -268,12 +256,13 @@ class Study:
             settings = StudySettings.from_dict(values)
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"{file} is not a whole study: {error!r}; restore it, or use another folder") from None
-        return cls(path, settings, str(values.get("created")), _read_trials(path, settings.space, repair=repair))
+        trials = _read_trials(path, settings.space, repair=repair)
+        return cls(path, settings, str(values.get("created")), trials, values.get("steps", ()))
 
     def _continue_with(self, settings: StudySettings) -> None:
         """Refuse other settings; take over a raised budget, and the exhaustive search that it may allow."""
         old, new = _flat(self.settings.as_dict()), _flat(json.loads(json.dumps(settings.as_dict())))
-        raised = settings.budget > self.settings.budget
+        raised = settings.budget > self.settings.budget and settings.strategy == "one-shot"
         if raised:
             old["budget"] = new["budget"]
         if raised and settings.proposer == "exhaustive":
@@ -286,8 +275,7 @@ class Study:
             raise UsageError(f"the study {self.path} has other settings: {'; '.join(shown)}{rest}; {advice}")
         if raised:
             self.settings = settings
-            head = {"format": _FORMAT, "version": _VERSION, "created": self.created}
-            write_json(self.path / "study.json", head | settings.as_dict())
+            _write_head(self.path, settings, self.created, self.steps)
 
     @property
     def completed(self) -> list[Trial]:
@@ -296,8 +284,15 @@ class Study:
 
     @property
     def best(self) -> Trial | None:
-        """The trial with the highest score, the earliest of equals; None before the first."""
-        return max(self.completed, key=lambda trial: (trial.score, -trial.trial), default=None)
+        """The trial with the highest value of the objective, the earliest of equals; None before the first.
+
+        Where the objective has several goals, the first one counts; `composer_search.objectives.pareto_front` has all.
+        """
+
+        def value(trial: Trial) -> tuple[float, int]:
+            return self.settings.criteria.goals(trial.sequence, trial.score or 0.0)[0], -trial.trial
+
+        return max(self.completed, key=value, default=None)
 
     def free_numbers(self, running: Sequence[int] = ()) -> list[int]:
         """Numbers of the trials that the budget still allows, lowest first; that of a lost trial is free again."""
@@ -314,6 +309,12 @@ class Study:
             raise ComposerError(f"the study {self.path} is not open for writing")
         append_json_line(self.path / "trials.jsonl", trial.as_dict())
         self.trials.append(trial)
+
+    def save_steps(self, steps: Sequence[Mapping[str, Any]]) -> None:
+        """Put the steps of an incremental search into `study.json`, in one step."""
+        if list(steps) != self.steps:
+            _write_head(self.path, self.settings, self.created, steps)
+            self.steps = list(steps)
 
     def save_snapshot(self, snapshot: Mapping[str, Any]) -> None:
         """Replace `ax.json`, in one step."""
@@ -335,6 +336,13 @@ class Study:
 def now() -> str:
     """The time, ISO 8601 in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _write_head(path: Path, settings: StudySettings, created: str, steps: Sequence[Mapping[str, Any]]) -> None:
+    """Write `study.json`."""
+    head = {"format": _FORMAT, "version": _VERSION, "created": created}
+    tail = {"steps": list(steps)} if steps else {}
+    write_json(path / "study.json", head | settings.as_dict() | tail)
 
 
 def _lock(path: Path) -> IO[bytes]:
@@ -366,7 +374,7 @@ def _read_trials(path: Path, space: Space, *, repair: bool) -> list[Trial]:
             raise FileError(f"{log}, line {line}: {error}; mend or remove that line") from None
         if trial.sequence not in space:
             where = f"{log}, line {line}: {trial.sequence}"
-            raise FileError(f"{where} is not of {space.length} blocks of {space.primitives}; remove that line")
+            raise FileError(f"{where} is not of {space}; remove that line")
         if trial.trial in numbers:
             raise FileError(f"{log}, line {line}: trial {trial.trial} is there twice; remove one of the two")
         numbers.add(trial.trial)

@@ -1,17 +1,19 @@
 """The trainer: a candidate on one task, at each learning rate of a small grid, until it is solved or the budget spent.
 
-Simple and correct rather than fast: one candidate, one task, one seed at a time, on one CPU thread or a GPU.
+Simple and correct rather than fast: one candidate, one task, one seed at a time, on one CPU thread or a GPU. It is the
+reference for `composer_search.population`, which trains many at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -26,6 +28,10 @@ from composer_search.mad import IGNORE, Counts
 
 Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Inputs and targets, both int64 [sequences, length]; targets of `IGNORE` do not count."""
+
+Precision = Literal["float32", "tf32", "bfloat16", "float64"]
+Ending = Literal["solved", "stuck", "diverged", "budget", "dropped"]
+"""Why a training ended: solved; no progress (`patience`); a loss that is no number; all steps done; by the caller."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,9 @@ class TrainSettings:
         patience: Evaluations without progress after which training stops; 0 for never.
         solved: Validation accuracy at which training stops.
         metric: What accuracy means: over positions, or MAD's mean over classes (`composer_search.mad.Counts`).
+        precision: What matrices are multiplied in: ``float32``; ``tf32``, which on a GPU rounds them to 10 bits of
+            mantissa; ``bfloat16``, MAD's own, with weights, residual stream and loss in float32; or all in ``float64``,
+            for checks.
         device: ``cpu``, ``cuda``, …, or ``auto`` for a GPU where there is one.
     """
 
@@ -61,6 +70,7 @@ class TrainSettings:
     patience: int = 10
     solved: float = 0.999
     metric: Literal["accuracy", "macro_accuracy"] = "accuracy"
+    precision: Precision = "float32"
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -78,9 +88,16 @@ class TrainSettings:
             raise UsageError(f"learning_rates={self.learning_rates}; expected one or more positive rates")
         if self.metric not in ("accuracy", "macro_accuracy"):
             raise UsageError(f"metric={self.metric!r}; expected accuracy or macro_accuracy")
+        if self.precision not in get_args(Precision):
+            raise UsageError(f"precision={self.precision!r}; expected {', '.join(get_args(Precision))}")
         if self.weight_decay < 0 or self.min_learning_rate < 0:
             problem = f"weight_decay={self.weight_decay}, min_learning_rate={self.min_learning_rate}"
             raise UsageError(f"{problem}; expected neither below 0")
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The type of weights, gradients and optimizer state."""
+        return torch.float64 if self.precision == "float64" else torch.float32
 
     def learning_rate(self, peak: float, step: int) -> float:
         """The rate at `step`, counted from 0, when its peak is `peak`."""
@@ -123,6 +140,8 @@ class TrainResult:
         steps: Steps trained at that rate.
         by_rate: Validation accuracy of every rate tried, in the grid's order.
         curve: (step, validation accuracy) of every evaluation at that rate.
+        ended: Why training at that rate ended.
+        weight_decay: What it was trained with.
     """
 
     validation: float
@@ -131,6 +150,8 @@ class TrainResult:
     steps: int
     by_rate: tuple[tuple[float, float], ...]
     curve: tuple[tuple[int, float], ...]
+    ended: Ending = "budget"
+    weight_decay: float = 0.0
 
 
 def train(sequence: CompositeSequence, data: TaskData, settings: TrainSettings, seed: int) -> TrainResult:
@@ -152,15 +173,31 @@ def train(sequence: CompositeSequence, data: TaskData, settings: TrainSettings, 
     Raises:
         UsageError: If the sequence holds a primitive unknown to the proxy, or there are no training data.
     """
-    if min(len(split[0]) for split in (data.train, data.validation, data.test)) == 0:
-        raise UsageError("a split of the task's data is empty; ask for more training or test sequences")
+    require_data(data)
     runs: list[TrainResult] = []
     for rate in settings.learning_rates:
         runs.append(_train_at(rate, sequence, data, settings, seed))
         if runs[-1].validation >= settings.solved:
             break
-    best = max(runs, key=lambda run: run.validation)
-    return dataclasses.replace(best, by_rate=tuple((run.learning_rate, run.validation) for run in runs))
+    return best_rate(runs, settings.solved)
+
+
+def best_rate(runs: Sequence[TrainResult], solved: float) -> TrainResult:
+    """The result of a grid from one result for each rate, in the grid's order; of rates as good, the first.
+
+    Rates after the first one that solves the task do not count, as `train` would not have tried them: so a grid trained
+    all at once gives what a grid trained in turn gives.
+    """
+    first = next((index for index, run in enumerate(runs) if run.validation >= solved), len(runs) - 1)
+    tried = runs[: first + 1]
+    best = max(tried, key=lambda run: run.validation)
+    return dataclasses.replace(best, by_rate=tuple((run.learning_rate, run.validation) for run in tried))
+
+
+def require_data(data: TaskData) -> None:
+    """Raise a `UsageError` if a split is empty."""
+    if min(len(split[0]) for split in (data.train, data.validation, data.test)) == 0:
+        raise UsageError("a split of the task's data is empty; ask for more training or test sequences")
 
 
 def _train_at(
@@ -169,56 +206,105 @@ def _train_at(
     device = choose_device(settings.device)
     model = build(sequence, data, settings, seed).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=settings.weight_decay, fused=True)
-    inputs, targets = (torch.from_numpy(part).to(device) for part in data.train)
-    watch = _Watch(model, _on(data.validation, device), settings)
-    for step, rows in enumerate(batches(len(inputs), settings.batch_size, settings.steps, seed)):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate(rate, step)
-        chosen = torch.from_numpy(rows).to(device)
-        logits = model(inputs[chosen])
-        loss = F.cross_entropy(logits.flatten(0, 1), targets[chosen].flatten(), ignore_index=IGNORE)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if watch.due(step + 1) and watch.look(step + 1):
-            break
-    model.load_state_dict(watch.best_weights)
-    test, _ = evaluate(model, _on(data.test, device))
-    return TrainResult(watch.best, getattr(test, settings.metric), rate, watch.curve[-1][0], (), tuple(watch.curve))
+    inputs, targets = _on(data.train, device)
+    validation, course = _on(data.validation, device), Course(settings)
+    best_weights: dict[str, Tensor] = {}
+    with computing(settings.precision, device):
+        for step, rows in enumerate(batches(len(inputs), settings.batch_size, settings.steps, seed)):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate(rate, step)
+            chosen = torch.from_numpy(rows).to(device)
+            logits = model(inputs[chosen])
+            loss = F.cross_entropy(logits.flatten(0, 1), targets[chosen].flatten(), ignore_index=IGNORE)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if due(step + 1, settings):
+                if course.look(step + 1, *evaluate(model, validation)):
+                    best_weights = {name: value.clone() for name, value in model.state_dict().items()}
+                if course.ended:
+                    break
+        model.load_state_dict(best_weights)
+        test, _ = evaluate(model, _on(data.test, device))
+    return course.result(test, rate, settings.weight_decay)
 
 
-class _Watch:
-    """Looks at the validation data now and then: keeps the best weights and says when to stop."""
+def due(step: int, settings: TrainSettings) -> bool:
+    """Whether the validation data are looked at after `step` steps."""
+    return step % settings.evaluate_every == 0 or step == settings.steps
 
-    def __init__(self, model: Candidate, validation: tuple[Tensor, Tensor], settings: TrainSettings) -> None:
-        self.model, self.validation, self.settings = model, validation, settings
+
+class Course:
+    """How one training goes: its evaluations so far, the best of them, and whether it is over."""
+
+    def __init__(self, settings: TrainSettings) -> None:
+        self.settings = settings
         self.curve: list[tuple[int, float]] = []
         self.best, self.least_loss, self.idle = -1.0, math.inf, 0
-        self.best_weights: dict[str, Tensor] = {}
+        self.ended: Ending | None = None
 
-    def due(self, step: int) -> bool:
-        return step % self.settings.evaluate_every == 0 or step == self.settings.steps
-
-    def look(self, step: int) -> bool:
-        """Evaluate after `step` steps; whether the task is solved, hopeless or diverged."""
-        counts, loss = evaluate(self.model, self.validation)
+    def look(self, step: int, counts: Counts, loss: float) -> bool:
+        """Take note of an evaluation after `step` steps; whether it is the best one yet."""
         accuracy: float = getattr(counts, self.settings.metric)
         self.curve.append((step, accuracy))
         self.idle += 1
         if loss < self.least_loss:
             self.least_loss, self.idle = loss, 0
-        if accuracy > self.best:
+        better = accuracy > self.best
+        if better:
             self.best, self.idle = accuracy, 0
-            self.best_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
-        stuck = 0 < self.settings.patience <= self.idle
-        return accuracy >= self.settings.solved or stuck or not math.isfinite(loss)
+        self.ended = self._ending(step, accuracy, loss)
+        return better
+
+    def _ending(self, step: int, accuracy: float, loss: float) -> Ending | None:
+        if accuracy >= self.settings.solved:
+            return "solved"
+        if not math.isfinite(loss):
+            return "diverged"
+        if step == self.settings.steps:
+            return "budget"
+        return "stuck" if 0 < self.settings.patience <= self.idle else None
+
+    def result(self, test: Counts, rate: float, weight_decay: float) -> TrainResult:
+        """The result, given how the best weights did on the test data."""
+        return TrainResult(
+            validation=self.best,
+            test=getattr(test, self.settings.metric),
+            learning_rate=rate,
+            steps=self.curve[-1][0],
+            by_rate=((rate, self.best),),
+            curve=tuple(self.curve),
+            ended=self.ended or "dropped",
+            weight_decay=weight_decay,
+        )
 
 
 def build(sequence: CompositeSequence, data: TaskData, settings: TrainSettings, seed: int) -> Candidate:
     """The untrained candidate; its weights come from `seed` alone, and the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Candidate(sequence, data.vocab_size, settings.widths, autoencoder=data.autoencoder)
+        candidate = Candidate(sequence, data.vocab_size, settings.widths, autoencoder=data.autoencoder)
+    return candidate.to(settings.weight_dtype)
+
+
+@contextlib.contextmanager
+def computing(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Multiply matrices in that precision; outside of the context all is as before."""
+    # the cache of rounded weights would outlive the optimizer's steps
+    rounded = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
+    with matmul_precision(precision), rounded:
+        yield
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: Precision) -> Iterator[None]:
+    """Allow TF32 if that is the precision, else forbid it, whatever the process does otherwise."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,8 +1,9 @@
 """Where trials run: in worker processes, or in this one.
 
-A worker that dies costs its trial and nothing else. Workers end when their parent does, in whatever way it ends, since
-each watches for that; and only the parent heeds Ctrl-C. This module imports neither torch nor an evaluator, so that a
-worker is up at once.
+A worker takes a batch of trials at a time. One that dies costs its trial and nothing else: of a batch, the trials that
+had not ended start again, each by itself, so that the one which kills its worker is found out. Workers end when their
+parent does, in whatever way it ends, since each watches for that; and only the parent heeds Ctrl-C. This module imports
+neither torch nor an evaluator, so that a worker is up at once.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Protocol
+from typing import Literal, Protocol
 
 from composer_megatron.errors import ComposerError
 from composer_megatron.sequence import CompositeSequence
-from composer_search.evaluation import Evaluation, Evaluator
+from composer_search.evaluation import BatchEvaluator, Evaluation, Evaluator
 from composer_search.proposers import Proposal
+
+Executor = Literal["local", "ray"]
 
 _READY = "ready"
 
@@ -46,16 +50,33 @@ class Pool(Protocol):
 
     @property
     def free(self) -> int:
-        """How many more can be started now."""
+        """How many more batches can be started now."""
         ...
 
-    def start(self, proposal: Proposal) -> None:
-        """Start a trial."""
+    def start(self, batch: Sequence[Proposal]) -> None:
+        """Start trials, all of them on one worker."""
         ...
 
     def wait(self) -> list[tuple[Proposal, Outcome]]:
         """Wait until a trial ends; those that have."""
         ...
+
+
+@contextlib.contextmanager
+def open_pool(evaluator: Evaluator, number: int, executor: Executor = "local") -> Iterator[Pool]:
+    """A pool of `number` workers, on this machine or a Ray cluster; nothing of it runs when the context ends.
+
+    Raises:
+        ComposerError: If Ray is asked for and not installed, or its cluster cannot be reached.
+    """
+    if executor == "ray" and number > 0:
+        from composer_search.ray_pool import ray_pool
+
+        with ray_pool(evaluator, number) as pool:
+            yield pool
+    else:
+        with worker_pool(evaluator, number) as pool:
+            yield pool
 
 
 @contextlib.contextmanager
@@ -76,7 +97,7 @@ def worker_pool(evaluator: Evaluator, number: int) -> Iterator[Pool]:
 
 
 class _ThisProcess:
-    """Runs a trial when it is waited for."""
+    """Runs a batch when it is waited for."""
 
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
@@ -84,14 +105,17 @@ class _ThisProcess:
 
     @property
     def free(self) -> int:
-        return 1 - len(self.running)
+        return 0 if self.running else 1
 
-    def start(self, proposal: Proposal) -> None:
-        self.running.append(proposal)
+    def start(self, batch: Sequence[Proposal]) -> None:
+        self.running.extend(batch)
 
     def wait(self) -> list[tuple[Proposal, Outcome]]:
-        outcome = _evaluate(self._evaluator, self.running[0].sequence)
-        return [(self.running.pop(), outcome)]
+        together = len(self.running) if isinstance(self._evaluator, BatchEvaluator) else 1
+        batch = self.running[:together]
+        outcomes = list(evaluate_batch(self._evaluator, [proposal.sequence for proposal in batch]))
+        del self.running[:together]
+        return list(zip(batch, outcomes, strict=True))
 
 
 class _Processes:
@@ -100,30 +124,40 @@ class _Processes:
     def __init__(self, evaluator: Evaluator, number: int) -> None:
         self._evaluator, self._number = evaluator, number
         self._idle: list[_Worker] = []
-        self._busy: dict[_Worker, Proposal] = {}
+        self._busy: dict[_Worker, list[Proposal]] = {}
+        self._again: deque[Proposal] = deque()
 
     @property
     def running(self) -> list[Proposal]:
-        return list(self._busy.values())
+        return [proposal for batch in self._busy.values() for proposal in batch] + list(self._again)
 
     @property
     def free(self) -> int:
-        return self._number - len(self._busy)
+        return max(0, self._number - len(self._busy) - len(self._again))
 
-    def start(self, proposal: Proposal) -> None:
+    def start(self, batch: Sequence[Proposal]) -> None:
         worker = self._idle.pop() if self._idle else _Worker(self._evaluator)
-        self._busy[worker] = proposal
-        worker.begin(proposal.sequence)
+        self._busy[worker] = list(batch)
+        worker.begin([proposal.sequence for proposal in batch])
 
     def wait(self) -> list[tuple[Proposal, Outcome]]:
+        while self._again and len(self._busy) < self._number:
+            self.start([self._again.popleft()])
         ready = multiprocessing.connection.wait([worker.connection for worker in self._busy])
         ended = []
         for worker in [worker for worker in self._busy if worker.connection in ready]:
             outcome = worker.receive()
-            if outcome is not None:
-                ended.append((self._busy.pop(worker), outcome))
-                if worker.alive:
-                    self._idle.append(worker)
+            if outcome is None:
+                continue
+            batch = self._busy[worker]
+            if worker.alive or len(batch) == 1:
+                ended.append((batch.pop(0), outcome))
+            else:
+                self._again.extend(batch)
+            if worker.alive and not batch:
+                self._idle.append(worker)
+            if not worker.alive or not batch:
+                del self._busy[worker]
         return ended
 
     def kill(self) -> None:
@@ -144,17 +178,17 @@ class _Worker:
         self.started = time.perf_counter()
         self._send(evaluator)
 
-    def begin(self, sequence: CompositeSequence) -> None:
-        """Hand the worker a sequence; it may still be starting."""
+    def begin(self, sequences: list[CompositeSequence]) -> None:
+        """Hand the worker sequences; it may still be starting."""
         self.started = time.perf_counter()
-        self._send(sequence)
+        self._send(sequences)
 
     def _send(self, message: object) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died; `receive` finds that out
             self.connection.send(message)
 
     def receive(self) -> Outcome | None:
-        """The outcome of the sequence begun last, its worker's death included; None when the worker is now ready.
+        """The outcome of the next of its sequences, its worker's death included; None when the worker is now ready.
 
         Raises:
             ComposerError: If the worker died before it was ready, as the next one would.
@@ -192,7 +226,7 @@ class _Worker:
 
 
 def _work(connection: Connection) -> None:
-    """The worker: evaluate each sequence that comes, until the parent closes the pipe or ends."""
+    """The worker: evaluate the sequences that come, until the parent closes the pipe or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"  # read when the evaluator's modules, torch among them, are imported below
@@ -200,7 +234,8 @@ def _work(connection: Connection) -> None:
     connection.send(_READY)
     with contextlib.suppress(EOFError, OSError):
         while True:
-            connection.send(_evaluate(evaluator, connection.recv()))
+            for outcome in evaluate_batch(evaluator, connection.recv()):
+                connection.send(outcome)
 
 
 def _end_with_parent() -> None:
@@ -209,6 +244,21 @@ def _end_with_parent() -> None:
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
+
+
+def evaluate_batch(evaluator: Evaluator, sequences: Sequence[CompositeSequence]) -> Iterator[Outcome]:
+    """Evaluate sequences, together where the evaluator can; whatever goes wrong becomes the outcome of its sequence."""
+    if len(sequences) > 1 and isinstance(evaluator, BatchEvaluator):
+        start = time.perf_counter()
+        evaluations: list[Evaluation] = []
+        with contextlib.suppress(Exception):  # one by one below it shows which of them cannot be evaluated, and why
+            evaluations = evaluator.evaluate_many(sequences)
+        if len(evaluations) == len(sequences):
+            seconds = (time.perf_counter() - start) / len(sequences)
+            yield from (Outcome(seconds, evaluation) for evaluation in evaluations)
+            return
+    for sequence in sequences:
+        yield _evaluate(evaluator, sequence)
 
 
 def _evaluate(evaluator: Evaluator, sequence: CompositeSequence) -> Outcome:

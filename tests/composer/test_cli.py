@@ -52,6 +52,53 @@ def test_from_aggregate_to_architecture_to_plan(capsys: pytest.CaptureFixture[st
     assert "Llama baseline" in shown
 
 
+def test_plan_prints_the_promised_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    layout = ("--shape", "1b", "--seq-len", "4096", "--tp", "1", "--pp", "8", "--vpp", "4")
+    done = run(capsys, "plan", "(2A4M)x10+4M", *layout, "--json")
+    found = json.loads(done.out)
+    assert {"pattern", "stages", "step_time", "bubble", "bubble_equal_split", "memory_bytes", "params_per_rank"} <= set(
+        found
+    )
+    assert len(found["stages"]) == 32
+    assert len(found["memory_bytes"]) == len(found["params_per_rank"]) == 8
+    assert found["pattern"].replace("|", "") == "**----" * 10 + "----"
+    assert found["pattern"].count("|") == 31
+    assert found["bubble"] < found["bubble_equal_split"]
+    assert 0 < found["schedule_time_at_least"] <= found["step_time"]
+    shown = run(capsys, "plan", "(2A4M)x10+4M", *layout).out
+    assert "bubble" in shown
+    assert "no cut can take less than" in shown
+    assert "assumes" in shown
+
+
+def test_plan_compares_layouts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    done = run(
+        capsys, "plan", "(AM)x14", "--shape", "350m", "--gpus", "4", "--json", "--output", str(tmp_path / "plans")
+    )
+    found = json.loads(done.out)
+    assert found == json.loads((tmp_path / "plans").read_text())
+    assert {layout["ranks"] for layout in found["layouts"]} == {4}
+    shown = run(capsys, "plan", "(AM)x14", "--shape", "350m", "--gpus", "4").out
+    assert "dp 4" in shown
+    assert "tokens/s" in shown
+    assert "predicted, not measured" in shown
+
+
+def test_plan_from_a_profile(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core", reason="needs the extra [train]")
+    path = str(tmp_path / "profile.json")
+    measured = run(capsys, "profile", path, "--shape", "tiny", "--seq-len", "16", "--repeats", "1", "--json")
+    assert set(json.loads(measured.out)["seconds"]["blocks"]) == {"A", "M"}
+    plan = ("plan", "2A4M", "--shape", "tiny", "--seq-len", "16", "--pp", "2", "--profile", path)
+    found = json.loads(run(capsys, *plan, "--device", "cpu", "--json").out)
+    assert found["times"] == "measured on cpu"
+    assert found["mfu"] is None
+    assert not any("predicted" in line for line in found["assumes"])
+    other = run(capsys, "plan", "2A4M", "--shape", "demo", "--seq-len", "16", "--profile", path)
+    assert other.status == 2
+    assert "profile is of shape 'tiny'" in other.err
+
+
 def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch" in json.loads(run(capsys, "env", "--json").out)["packages"]
     assert "megatron-core" in run(capsys, "env").out
@@ -74,6 +121,23 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "2A4M"], 2, "add --shape"),
         (["plan", "2A4M", "--shape", "tiny", "--pp", "7"], 2, "7 pipeline stages for the 6 blocks"),
         (["plan", "2A4M", "--shape", "tiny", "--tp", "3"], 2, "does not divide"),
+        (["plan", "6A6M", "--shape", "tiny", "--pp", "2", "--vpp", "2", "--micro-batches", "3"], 2, "a multiple of 2"),
+        (["plan", "6A6M", "--shape", "tiny", "--vpp", "2"], 2, "one pipeline rank"),
+        (["plan", "2A4M", "--shape", "tiny", "--cp", "4", "--seq-len", "100"], 2, "no multiple of 8"),
+        (["plan", "2A4M", "--shape", "1b", "--pp", "2", "--memory-limit", "1"], 2, "the least possible is"),
+        (
+            ["plan", "2A4M", "--shape", "tiny", "--micro-batches", "3", "--global-batch-size", "3"],
+            2,
+            "give one of them",
+        ),
+        (["plan", "2A4M", "--shape", "tiny", "--dp", "2", "--global-batch-size", "3"], 2, "no multiple of 2"),
+        (["plan", "2A4M", "--shape", "tiny", "--device", "h10"], 2, "did you mean 'h100'"),
+        (["plan", "2A4M", "--shape", "tiny", "--device", "cpu"], 2, "--profile"),
+        (["plan", "2A4M", "--shape", "tiny", "--profile", "absent.json"], 1, "absent.json"),
+        (["plan", "2A4M", "--shape", "tiny", "--mtp", "1X"], 2, "unknown primitive 'X'"),
+        (["plan", "2A4M", "--shape", "tiny", "--gpus", "2", "--tp", "2"], 2, "leave one of them out"),
+        (["plan", "2A4M", "--shape", "70b", "--gpus", "1"], 2, "the least needs"),
+        (["profile", "profile.json", "--seq-len", "0"], 2, "seq_len=0"),
         (["plan", "a.json", "--shape", "tiny"], 2, "has its own shape"),
         (["aggregate", "absent-study"], 1, "absent-study"),
         (["generate", "absent-run", "--prompt", "x"], 1, "absent-run"),

@@ -1,6 +1,7 @@
 """The torchrun command: what it holds, and layouts that cannot work."""
 
 import contextlib
+import json
 import subprocess
 import sys
 import time
@@ -57,11 +58,11 @@ def test_impossible_layouts(changes: dict[str, int], words: str) -> None:
 
 
 PRELUDE = """
-import json, pathlib, sys
+import json, pathlib, sys, time
 folder = pathlib.Path(sys.argv[1])
 for step in range(1, 11):
     with (folder / "metrics.jsonl").open("a") as log:
-        log.write(json.dumps({"iteration": step, "name": "lm loss", "value": 8.0 - step / 10, "time": 0}) + "\\n")
+        log.write(json.dumps({"iteration": step, "name": "lm loss", "value": 8.0 - step / 10, "time": time.time()}) + "\\n")
 print("Megatron's own chatter")
 """
 
@@ -79,6 +80,19 @@ def test_progress_on_the_terminal_and_chatter_in_the_log(
     assert "step 10 of 10: loss 7.000" in shown
     assert "chatter" not in shown
     assert "chatter" in (tmp_path / "train.log").read_text()
+
+
+def test_progress_tells_nothing_of_an_earlier_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which may have come further than the checkpoint from which this one goes on."""
+    lines = ({"iteration": step, "name": "lm loss", "value": 1.0, "time": 1.7e9} for step in range(1, 10))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr("composer_megatron.progress._SECONDS_BETWEEN_LOOKS", 0.2)
+    run("", tmp_path, monkeypatch)
+    shown = capsys.readouterr().out
+    assert "loss 1.000" not in shown
+    assert "step 10 of 10: loss 7.000" in shown
 
 
 def test_the_programs_own_message_is_shown_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -174,6 +174,12 @@ def test_first_weights_depend_on_seed_and_name_alone():
     assert len({matrix.flatten()[0].item() for name, matrix in first.items() if name in matrices}) == len(matrices)
 
 
+def test_weights_that_the_caller_loads_are_not_drawn(monkeypatch):
+    monkeypatch.setattr("composer_megatron.model.initialize_weights", lambda *_: pytest.fail("drawn"))
+    built = build_model(architecture("AM"), max_sequence_length=16, draw_weights=False)
+    assert sum(parameter.numel() for parameter in built.parameters()) == architecture("AM").params_total
+
+
 def test_drawing_leaves_the_callers_generator_alone():
     torch.manual_seed(5)
     wanted = torch.rand(3)

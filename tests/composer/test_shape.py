@@ -17,6 +17,7 @@ from composer_megatron.shape import PRESETS, Shape, load_shape
         ("1b", (2048, 8192, 32, 8, 64), 16, True),
         ("3b", (3072, 8192, 24, 8, 128), 28, True),
         ("8b", (4096, 14336, 32, 8, 128), 32, False),
+        ("70b", (8192, 28672, 64, 8, 128), 80, False),
     ],
 )
 def test_published_presets(name: str, widths: tuple[int, ...], pairs: int, tied: bool) -> None:

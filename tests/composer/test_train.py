@@ -18,6 +18,7 @@ from composer_megatron.arguments import given_flags, parse_options
 from composer_megatron.errors import FileError, UsageError
 from composer_megatron.files import read_json_lines
 from composer_megatron.metrics import MetricsLog, tee
+from composer_megatron.pipeline import cut_sequence
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS
 from composer_megatron.text.folder import load_text_folder
@@ -146,12 +147,14 @@ def test_a_flag_of_the_users_wins(folder, given, name, value, capsys, monkeypatc
 
 
 def test_the_pipeline_cut_is_the_cost_models(folder):
-    wanted = train._pattern(ARCHITECTURE, 4, 64)
-    assert wanted.count("|") == 3
-    assert command_line(folder, "--pipeline-model-parallel-size", "4")["hybrid_layer_pattern"] == wanted
+    seq_len = command_line(folder)["seq_length"]
+    wanted = cut_sequence(ARCHITECTURE, 4, seq_len=seq_len)
+    flags = command_line(folder, "--pipeline-model-parallel-size", "4")
+    assert [len(stage) for stage in flags["hybrid_layer_pattern"].split("|")] == wanted
+    wanted = cut_sequence(ARCHITECTURE, 2, virtual_stages=2, seq_len=seq_len)
     virtual = ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"]
     flags = command_line(folder, *virtual)
-    assert flags["hybrid_layer_pattern"] == wanted
+    assert [len(stage) for stage in flags["hybrid_layer_pattern"].split("|")] == wanted
     assert "num_virtual_stages_per_pipeline_rank" not in flags  # Megatron refuses it beside a pattern
 
 
@@ -161,6 +164,11 @@ def test_a_run_folder_becomes_flags(folder):
     assert (flags["save"], flags["load"], flags["save_interval"]) == (checkpoints, checkpoints, 20)
     assert flags["data_cache_path"] == str(folder / "run/cache")
     assert not (folder / "run").exists()
+
+
+def test_a_distributed_optimizer_is_saved_for_any_layout(folder):
+    assert "dist_ckpt_optim_fully_reshardable" not in command_line(folder)
+    assert command_line(folder, "--use-distributed-optimizer")["dist_ckpt_optim_fully_reshardable"] is True
 
 
 def test_all_our_flags_are_megatrons(folder):
@@ -200,7 +208,6 @@ def fails(capsys, *argv: str, status: int = 2) -> str:
         (["--mock-data"], "--text and --mock-data: give one source of data"),
         (["--run-dir", "run", "--rotary-base", "10000"], "--rotary-base 10000 (the architecture has 500000)"),
         (["--run-dir", "run", "--hybrid-layer-pattern", "**----"], "another model than the architecture's"),
-        (["--run-dir", "run", "--use-distributed-optimizer"], "without TransformerEngine or Apex"),
     ],
 )
 def test_wrong_requests(folder, capsys, given, message):

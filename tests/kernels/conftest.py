@@ -226,6 +226,7 @@ def _resources(ptx: str, architecture: int, path: Path) -> dict[str, int]:
     return {
         "registers": int(registers.group(1)),
         "spilled_bytes": int(spilled.group(1)),
+        "serialised": int("wgmma.mma_async instructions are serialized" in log),
         "narrow_accesses": sum(int(count or 1) * int(bits) < 128 for count, bits in accesses),
     }
 

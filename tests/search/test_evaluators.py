@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 import statistics
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,9 +12,19 @@ import torch
 
 from composer_megatron.errors import UsageError
 from composer_megatron.sequence import CompositeSequence
-from composer_search import evaluators
-from composer_search.evaluators import MadEvaluator, MadSettings, preset, training_seed
-from composer_search.mad import Setting
+from composer_search.candidate import Widths
+from composer_search.evaluators import (
+    EVALUATORS,
+    PRESETS,
+    MadEvaluator,
+    MadSettings,
+    mad,
+    make_evaluator,
+    preset,
+    training_seed,
+)
+from composer_search.mad import PROXIES, Setting
+from composer_search.trainer import TrainResult, best_rate, train
 
 SEQUENCE = CompositeSequence.parse("MAM")
 
@@ -23,48 +34,110 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Replaces the training: the accuracy is a function of sequence, task, rate and seed that tests can repeat."""
-    made = []
-
-    def accuracy(rate, seed):
-        return seed % 97 / 200 + (0.4 if rate == 2.0 else 0.1)
-
-    def train(sequence, data, settings, seed):
-        made.append((data.vocab_size, settings.learning_rates, seed, settings.steps))
-        by_rate = tuple((rate, accuracy(rate, seed)) for rate in settings.learning_rates)
-        rate, best = max(by_rate, key=lambda pair: pair[1])
-        return evaluators.TrainResult(best, best / 2, rate, 5, by_rate, ((5, best),))
-
-    monkeypatch.setattr(evaluators, "train", train)
-    return made, accuracy
-
-
-def test_the_score_is_the_mean_over_tasks_and_seeds(calls):
-    _, accuracy = calls
-    settings = preset("smoke", seeds=3, seed=7, learning_rates=(1.0, 2.0))
-    result = MadEvaluator(settings).evaluate(SEQUENCE)
-    seeds = [training_seed(7, number) for number in range(3)]
-    expected = [accuracy(2.0, seed) for seed in seeds]
-    assert result.seed_scores == pytest.approx(expected)
-    assert result.score == pytest.approx(statistics.fmean(expected))
-    assert result.spread == pytest.approx(np.std(expected, ddof=1))
-    assert result.spread > 0
-    assert result.tasks == pytest.approx(dict.fromkeys(("in-context-recall", "memorization"), result.score))
-    assert result.test_score == pytest.approx(result.score / 2)
+def alone(sequence, settings, tasks):
+    """The reference: the one-at-a-time trainer on each task, rates, decays and seeds chosen as the class says."""
+    first, *others = (training_seed(settings.seed, number) for number in range(settings.seeds))
+    found = {}
+    for plan, data in tasks.items():
+        grid = []
+        for rate, decay in settings.recipes:
+            own = dataclasses.replace(settings.for_task(plan), learning_rates=(rate,), weight_decay=decay)
+            grid.append(train(sequence, data, own, first))
+        best = best_rate(grid, settings.train.solved)
+        chosen = dataclasses.replace(
+            settings.for_task(plan), learning_rates=(best.learning_rate,), weight_decay=best.weight_decay
+        )
+        found[plan.setting.task] = [best, *(train(sequence, data, chosen, seed) for seed in others)]
+    return found
 
 
-def test_the_rate_is_chosen_with_the_first_seed_and_kept(calls):
-    made, _ = calls
-    MadEvaluator(preset("smoke", seeds=3, learning_rates=(1.0, 2.0))).evaluate(SEQUENCE)
-    first, second, third = (training_seed(0, number) for number in range(3))
-    recall, facts = 6, 32
-    assert [(vocab, rates, seed) for vocab, rates, seed, _ in made] == [
-        (vocab, rates, seed)
-        for vocab in (recall, facts)
-        for rates, seed in (((1.0, 2.0), first), ((2.0,), second), ((2.0,), third))
-    ]
+@pytest.mark.parametrize("batch_size", [8, 64], ids=["together", "in turn"])
+def test_the_evaluation_is_that_of_training_each_model_by_itself(batch_size):
+    """In float64, where the order of sums cannot flip a prediction; 64 sequences of 8 or 12 are trained in turn."""
+    settings = preset(
+        "smoke",
+        precision="float64",
+        batch_size=batch_size,
+        learning_rates=(3e-2, 1e-2),
+        weight_decays=(0.0, 1.0),
+        seeds=3,
+        seed=7,
+    )
+    evaluator = MadEvaluator(settings)
+    sequences = [CompositeSequence(letters) for letters in ("MAM", "AAM", "MM")]
+    assert {evaluator._pays(plan) for plan in settings.tasks} == {batch_size == 8}
+    evaluations = evaluator.evaluate_many(sequences)
+    tasks = {plan: evaluator._task_data(plan) for plan in settings.tasks}
+    for sequence, evaluation in zip(sequences, evaluations, strict=True):
+        expected = alone(sequence, settings, tasks)
+        seeds = [statistics.fmean(results[seed].validation for results in expected.values()) for seed in range(3)]
+        assert evaluation.seed_scores == pytest.approx(seeds)
+        assert evaluation.score == pytest.approx(statistics.fmean(seeds))
+        assert evaluation.spread == pytest.approx(np.std(seeds, ddof=1))
+        assert evaluation.spread > 0
+        tried = {task: results[0].by_rate for task, results in expected.items()}
+        tests = [result.test for results in expected.values() for result in results]
+        assert evaluation.test_score == pytest.approx(statistics.fmean(tests))
+        for task, results in expected.items():
+            assert evaluation.tasks[task] == pytest.approx(statistics.fmean(result.validation for result in results))
+            detail = evaluation.details["tasks"][task]
+            assert (detail["learning_rate"], detail["weight_decay"]) == (
+                results[0].learning_rate,
+                results[0].weight_decay,
+            )
+            assert [rate for rate, _ in detail["by_rate"]] == [rate for rate, _ in tried[task]]
+            assert [value for _, value in detail["by_rate"]] == pytest.approx([value for _, value in tried[task]])
+
+
+def test_company_does_not_change_a_score_and_order_is_kept():
+    evaluator = MadEvaluator(preset("smoke", seeds=2))
+    sequences = [CompositeSequence(letters) for letters in ("MAM", "AAAM", "MAM", "M")]
+    together = evaluator.evaluate_many(sequences)
+    assert together == [evaluator.evaluate(sequence) for sequence in sequences]
+    assert evaluator.evaluate_many(sequences[::-1]) == together[::-1]
+    assert evaluator.evaluate_many([]) == []
+
+
+def test_a_whole_candidate_trains_the_grid_once_and_the_choice_for_the_other_seeds(monkeypatch):
+    trained = []
+
+    def population(rows, settings):
+        trained.append([(row.sequence.letters, row.learning_rate, row.weight_decay, row.seed) for row in rows])
+        return [TrainResult(row.learning_rate, 0.5, row.learning_rate, 1, (), ((1, 0.5),)) for row in rows]
+
+    monkeypatch.setattr(mad, "train_population", population)
+    settings = preset("smoke", tasks="memorization", seeds=3, learning_rates=(0.1, 0.2), weight_decays=(0.0, 0.1))
+    MadEvaluator(settings).evaluate_many([CompositeSequence("A"), CompositeSequence("M")])
+    first, *others = (training_seed(0, number) for number in range(3))
+    grid = [(letter, rate, decay, first) for letter in "AM" for decay in (0.0, 0.1) for rate in (0.1, 0.2)]
+    assert trained == [grid, [(letter, 0.2, 0.0, seed) for letter in "AM" for seed in others]]
+    assert settings.runs == (len(trained[0]) + len(trained[1])) / 2
+
+
+def test_tasks_weigh_the_same_whatever_their_number_of_difficulties():
+    easy, hard = (Setting("memorization", 64, 16, (("vocab_size", size), ("seq_len", 8))) for size in (8, 32))
+    base = preset("smoke", steps=3)
+    plans = (base.tasks[0], *(dataclasses.replace(base.tasks[1], setting=setting) for setting in (easy, hard)))
+    result = MadEvaluator(dataclasses.replace(base, tasks=plans)).evaluate(SEQUENCE)
+    details = [found["validation"][0] for found in result.details["tasks"].values()]
+    assert len(details) == 3
+    assert "memorization n_train=64 vocab_size=8 seq_len=8" in result.details["tasks"]
+    assert result.tasks["memorization"] == pytest.approx((details[1] + details[2]) / 2)
+    assert result.score == pytest.approx((details[0] + (details[1] + details[2]) / 2) / 2)
+
+
+def test_less_training_and_other_widths():
+    evaluator = MadEvaluator(preset("demo", warmup_steps=6))
+    less = evaluator.at_fidelity(1 / 3)
+    assert [plan.steps for plan in less.settings.tasks] == [100, 20, 50]
+    assert less.settings.train.warmup_steps == 2
+    assert [plan.steps for plan in evaluator.at_fidelity(1e-9).settings.tasks] == [1, 1, 1]
+    assert less.evaluate_many([]) == []
+    half = evaluator.scaled(Fraction(3, 8)).settings.train.widths
+    assert half == Widths(hidden_size=16, num_heads=2, ffn_hidden_size=36)  # 1.5 heads are 2, of 8 each
+    assert evaluator.scaled(Fraction(1, 100)).settings.train.widths.num_heads == 1
+    with pytest.raises(UsageError, match="share=0"):
+        evaluator.scaled(Fraction(0))
 
 
 def test_no_two_evaluations_share_a_training_seed():
@@ -117,15 +190,6 @@ def test_compression_is_rebuilt_from_one_vector():
     assert 1 / 16 < score < 0.5  # the special token is free
 
 
-def test_a_task_at_two_difficulties_has_two_names():
-    easy, hard = (Setting("memorization", 64, 16, (("vocab_size", size), ("seq_len", 8))) for size in (8, 16))
-    base = preset("smoke", steps=2)
-    plans = tuple(dataclasses.replace(base.tasks[1], setting=setting) for setting in (easy, hard))
-    result = MadEvaluator(dataclasses.replace(base, tasks=plans)).evaluate(SEQUENCE)
-    assert len(result.tasks) == 2
-    assert all("memorization" in name for name in result.tasks)
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -142,6 +206,7 @@ def test_a_task_at_two_difficulties_has_two_names():
         {"cosine": True},
         {"warmup_steps": 1},
         {"weight_decay": 0.1},
+        {"weight_decays": [0.0, 0.1]},
         {"patience": 3},
         {"solved": 0.9},
         {"min_learning_rate": 0.0},
@@ -170,13 +235,14 @@ def test_the_baseline_is_that_of_mad():
     assert steps.pop("memorization") == 400  # 200 epochs of 256 examples in batches of 128
     assert set(steps.values()) == {20_000}
     assert settings.train.learning_rates == (1e-4, 5e-4, 1e-3)
-    assert settings.train.widths == evaluators.Widths(hidden_size=128, num_heads=16, ffn_hidden_size=352)
+    assert settings.train.widths == Widths(hidden_size=128, num_heads=16, ffn_hidden_size=352)
 
 
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("dmo", {}, "unknown evaluator preset 'dmo'; expected smoke, demo, baseline"),
+        ("dmo", {}, "unknown evaluator preset 'dmo'; did you mean 'demo'"),
+        ("xyz", {}, "unknown evaluator preset 'xyz'; expected smoke, demo, baseline, full, proxies"),
         ("demo", {"stepz": 3}, "no setting 'stepz'; did you mean 'steps'"),
         ("demo", {"qqq": 3}, "no setting 'qqq'; known are"),
         ("demo", {"steps": "many"}, "steps='many'; expected int"),
@@ -186,7 +252,12 @@ def test_the_baseline_is_that_of_mad():
         ("demo", {"learning_rates": ["fast"]}, "learning_rates='fast'"),
         ("demo", {"hidden_size": 33}, "hidden_size=33"),
         ("demo", {"seeds": 0}, "seeds=0"),
-        ("demo", {"tasks": "memorisation"}, "'memorisation' is not in this preset"),
+        ("demo", {"tasks": "memorisation"}, "'memorisation' is not in this preset; did you mean 'memorization'"),
+        ("demo", {"tasks": "parity"}, "'parity' is not in this preset; expected in-context-recall, memorization"),
+        ("demo", {"weight_decays": [0.1], "weight_decay": 0.2}, "give one of the two"),
+        ("demo", {"weight_decays": [-0.1]}, "weight_decays=.*at least 0"),
+        ("demo", {"difficulty_sweep": True}, "difficulty_sweep belongs to the presets baseline and full"),
+        ("full", {"difficulty_sweep": "no"}, "difficulty_sweep='no'; expected bool"),
         ("demo", {"train": None}, "no setting 'train'"),
     ],
 )
@@ -208,3 +279,54 @@ def test_overrides_accept_whole_numbers_and_single_rates():
     assert settings.train.learning_rates == (1.0,)
     assert settings.train.weight_decay == 0.0
     assert [plan.setting.task for plan in settings.tasks] == ["selective-copying", "memorization"]
+
+
+def test_the_full_protocol_is_that_of_mad():
+    settings = preset("full")
+    assert len(settings.tasks) == 66
+    assert settings.recipes == tuple((rate, decay) for decay in (0.0, 0.1) for rate in (1e-4, 5e-4, 1e-3))
+    assert settings.runs == 396
+    steps = {plan.setting.name: plan.steps for plan in settings.tasks}
+    assert steps["compression n_train=800"] == 200 * 7  # seven batches of at most 128 an epoch
+    assert preset("full", difficulty_sweep=False).runs == 36
+    assert preset("baseline", difficulty_sweep=True).runs == 198
+    assert preset("full", tasks="memorization", seeds=3).runs == 6 * 8
+
+
+def test_the_proxies_are_tested_beyond_the_length_of_training():
+    settings = preset("proxies")
+    assert [plan.setting.task for plan in settings.tasks] == list(PROXIES)
+    parity = preset("proxies", tasks="parity", n_valid=4)
+    small = dataclasses.replace(parity.tasks[0], setting=Setting("parity", 64, 8), steps=4, evaluate_every=2)
+    widths = Widths(hidden_size=16, num_heads=2, ffn_hidden_size=16)
+    trainer = dataclasses.replace(parity.train, widths=widths, learning_rates=(1e-2,), device="cpu")
+    evaluator = MadEvaluator(dataclasses.replace(parity, tasks=(small,), train=trainer))
+    data = evaluator._task_data(small)
+    assert data.train[0].shape[1] * 2 == data.validation[0].shape[1] == data.test[0].shape[1]
+    assert 0.3 < evaluator.evaluate(SEQUENCE).score < 0.7  # chance is one half
+
+
+def test_one_door_for_all_evaluators(tmp_path):
+    assert set(PRESETS) < set(EVALUATORS)
+    assert make_evaluator("demo", seeds=1).describe() == MadEvaluator(preset("demo", seeds=1)).describe()
+    halved = make_evaluator("smoke", halving=2, log=tmp_path / "rungs.jsonl")
+    assert halved.describe()["full"] == make_evaluator("smoke", halving=1).describe()
+    story = tmp_path / "story.txt"
+    story.write_text("a line of a story that goes on and on\n" * 400)
+    text = make_evaluator("small-text", text=[story], n_train=8, n_valid=1, n_test=1, seq_len=16)
+    assert text.describe()["name"] == "small-text"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("small-txt", {}, "unknown evaluator 'small-txt'; did you mean 'small-text'"),
+        ("demo", {"text": ["a"]}, "text=.*belongs to the evaluator small-text or large-text, not to demo"),
+        ("small-text", {"text": ["a"], "shape": "1b"}, "shape='1b' belongs to the evaluator large-text"),
+        ("small-text", {}, "small-text needs text"),
+        ("demo", {"halving": -1}, "rungs=-1"),
+    ],
+)
+def test_the_door_names_what_is_wrong(name, options, message):
+    with pytest.raises(UsageError, match=message):
+        make_evaluator(name, **options)

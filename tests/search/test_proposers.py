@@ -12,12 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from composer_megatron import architecture as architecture_module
+from composer_megatron import roofline as roofline_module
 from composer_megatron import sequence as sequence_module
 from composer_megatron.errors import ComposerError, UsageError
 from composer_megatron.primitives import PRIMITIVES
 from composer_megatron.sequence import CompositeSequence
+from composer_megatron.shape import load_shape
 from composer_search import proposers
-from composer_search import study as study_module
+from composer_search import space as space_module
+from composer_search.botorch_proposer import BotorchProposer
+from composer_search.constraints import Criteria
+from composer_search.objectives import Target
 from composer_search.proposers import (
     BayesianProposer,
     ExhaustiveProposer,
@@ -26,6 +32,7 @@ from composer_search.proposers import (
     make_proposer,
     propose_batch,
 )
+from composer_search.region import Region
 from composer_search.study import Space, StudySettings, Trial
 
 TARGET = "AAMMAMMM"
@@ -58,13 +65,13 @@ def run(proposer, budget, objective=toy):
 
 @pytest.mark.parametrize("kind", [RandomProposer, ExhaustiveProposer])
 def test_every_sequence_comes_once_and_then_none(kind):
-    trials = run(kind(Space("AM", 5), 3), 40)
+    trials = run(kind(Region(Space("AM", 5)), 3), 40)
     assert Counter(each.sequence for each in trials) == Counter(Space("AM", 5).at(rank) for rank in range(32))
 
 
 @pytest.mark.parametrize("kind", [RandomProposer, ExhaustiveProposer])
 def test_the_seed_decides_and_nothing_else(kind):
-    first, same, other = (run(kind(Space("AM", 8), seed), 20) for seed in (0, 0, 1))
+    first, same, other = (run(kind(Region(Space("AM", 8)), seed), 20) for seed in (0, 0, 1))
     assert first == same
     assert first != other
 
@@ -75,7 +82,7 @@ def test_random_proposals_reach_exactly_the_untried(tried, running):
     space = Space("AM", 3)
     trials = [trial(Proposal(number, space.at(rank), "random"), 0.5) for number, rank in enumerate(tried)]
     pending = [Proposal(10 + rank, space.at(rank), "random") for rank in running]
-    found = {RandomProposer(space, seed).propose(trials, pending, 20) for seed in range(150)}
+    found = {RandomProposer(Region(space), seed).propose(trials, pending, 20) for seed in range(150)}
     ranks = {space.rank(proposal.sequence) for proposal in found if proposal}
     # a sequence of at most 8 is missed by 150 draws with probability (7/8)^150 = 2e-9
     assert ranks == set(range(8)) - tried - running
@@ -84,13 +91,13 @@ def test_random_proposals_reach_exactly_the_untried(tried, running):
 def test_random_proposals_are_uniform():
     space = Space("AM", 3)
     trials = [trial(Proposal(0, space.at(2), "random"), 0.5), trial(Proposal(1, space.at(5), "random"), None)]
-    counts = Counter(RandomProposer(space, seed).propose(trials, [], 2).sequence for seed in range(3000))
+    counts = Counter(RandomProposer(Region(space), seed).propose(trials, [], 2).sequence for seed in range(3000))
     assert len(counts) == 6
     assert all(abs(count - 500) < 100 for count in counts.values())  # five standard deviations
 
 
 def test_random_search_works_in_spaces_beyond_64_bits():
-    trials = run(RandomProposer(Space("AM", 100), 0), 5, objective=lambda sequence: 0.0)
+    trials = run(RandomProposer(Region(Space("AM", 100)), 0), 5, objective=lambda sequence: 0.0)
     assert len({each.sequence for each in trials}) == 5
 
 
@@ -165,7 +172,7 @@ def test_bayesian_search_finds_the_optimum_sooner_than_random_search():
         return len(trials)
 
     bayesian = statistics.median(trials_needed(BayesianProposer(space, seed, 6), 20) for seed in range(3))
-    by_chance = statistics.median(trials_needed(RandomProposer(space, seed), 128) for seed in range(21))
+    by_chance = statistics.median(trials_needed(RandomProposer(Region(space), seed), 128) for seed in range(21))
     assert bayesian < 20 < by_chance
 
 
@@ -174,7 +181,7 @@ def test_the_kernel_has_a_length_scale_for_each_block():
     space = Space("AM", 5)
     proposer = BayesianProposer(space, 0, 3)
     trials = run(proposer, 6)
-    with proposers._quiet_single_thread():
+    with proposers.quiet_single_thread():
         client = proposer._client(trials, [], 6)
         client.get_next_trials(max_trials=1)
     model = client._generation_strategy.adapter.generator.surrogate.model
@@ -189,12 +196,12 @@ def test_the_kernel_has_a_length_scale_for_each_block():
 def test_three_primitives_are_not_put_on_a_line(monkeypatch):
     """Of 0, 1 and 2 an RBF kernel would hold the outer two further apart than either is from the middle one."""
     rows = {**PRIMITIVES, "W": PRIMITIVES["A"]}
-    for module in (sequence_module, study_module):
+    for module in (sequence_module, space_module):
         monkeypatch.setattr(module, "PRIMITIVES", rows)
     proposer = BayesianProposer(Space("AMW", 3), 0, 4)
     trials = run(proposer, 6, objective=lambda sequence: sequence.count("W") / 3)
     assert [each.proposer for each in trials[4:]] == ["bayesian"] * 2
-    with proposers._quiet_single_thread():
+    with proposers.quiet_single_thread():
         client = proposer._client(trials, [], 6)
         client.get_next_trials(max_trials=1)
     model = client._generation_strategy.adapter.generator.surrogate.model
@@ -279,3 +286,85 @@ def test_without_ax_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ComposerError, match=r'pip install "composer-megatron\[search\]"'):
         make_proposer(settings_for(proposer="bayesian"))
+
+
+def criteria(objective, *constraints, method="stack"):
+    return Criteria.parse(objective, constraints, Target(shape=load_shape("1b"), method=method))
+
+
+def test_costs_and_constraints_go_to_botorch_and_accuracy_stays_with_ax():
+    for changes, kind in (
+        ({}, BayesianProposer),
+        ({"criteria": criteria("accuracy")}, BayesianProposer),
+        ({"criteria": criteria("accuracy", "attention <= 1/2")}, BotorchProposer),
+        ({"criteria": criteria("accuracy - 0.1 flops")}, BotorchProposer),
+    ):
+        assert isinstance(make_proposer(settings_for(proposer="bayesian", **changes)), kind)
+
+
+def test_the_exact_part_of_an_objective_decides_where_accuracy_does_not():
+    """Accuracy is flat: the candidate that costs least must come next, though no model ever saw a cost."""
+    region = Region(Space("AM", 6), criteria("accuracy - kv_bytes", "attention >= 1/6"))
+    trials = run(RandomProposer(region, 0), 8, objective=lambda sequence: 0.5)
+    proposal = BotorchProposer(region, 0, 4).propose(trials, [], 8)
+    left = [region.space.at(rank) for rank in region.ranks]
+    left = [each for each in left if each not in {trial.sequence for trial in trials}]
+    cheapest = max(region.criteria.costs(each) for each in left)
+    assert (proposal.proposer, proposal.note) == ("bayesian", None)
+    assert region.criteria.costs(proposal.sequence) == cheapest
+
+
+def test_a_mix_is_optimised_sooner_than_by_chance():
+    region = Region(Space("AM", 8), criteria("accuracy - 0.3 kv_bytes", method="stretch"))
+    value = {each: region.criteria.goals(each, toy(each))[0] for each in map(region.space.at, region.ranks)}
+    best = max(value, key=value.get)
+    trials = run(BotorchProposer(region, 0, 6), 26)
+    assert best in {each.sequence for each in trials}  # by chance with probability 26/256
+
+
+def test_pareto_search_looks_along_the_front():
+    region = Region(Space("AM", 6), criteria("accuracy, -kv_bytes"))
+    trials = run(BotorchProposer(region, 0, 6), 24)
+    whole = [region.criteria.goals(each, toy(each)) for each in map(region.space.at, range(64))]
+    found = [region.criteria.goals(each.sequence, each.score) for each in trials]
+    front = {q for q in whole if not any(p != q and p[0] >= q[0] and p[1] >= q[1] for p in whole)}
+    assert len(front & set(found)) > len(front) / 2
+
+
+def test_botorch_is_a_function_of_log_seed_and_number_and_heeds_what_runs():
+    region = Region(Space("AM", 6), criteria("accuracy - 0.1 kv_bytes"))
+    trials = run(RandomProposer(region, 0), 8)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = BotorchProposer(region, 1, 4).propose(trials, [], 8)
+    again = BotorchProposer(region, 1, 4).propose(random.Random(0).sample(trials, 8), [], 8)
+    assert first == again
+    assert torch.equal(torch.get_rng_state(), state)
+    batch = propose_batch(BotorchProposer(region, 1, 4), trials, [], range(8, 12))
+    assert batch[0] == first
+    assert len({each.sequence for each in [*trials, *batch]}) == 12
+
+
+def test_botorch_works_in_spaces_beyond_enumeration_and_with_three_primitives(monkeypatch):
+    rows = {**PRIMITIVES, "W": PRIMITIVES["A"]}
+    for module in (sequence_module, space_module, architecture_module, roofline_module):
+        monkeypatch.setattr(module, "PRIMITIVES", rows)
+    monkeypatch.setattr("composer_search.constraints.ENUMERABLE", 500)
+    monkeypatch.setattr("composer_search.botorch_proposer.ENUMERABLE", 800)
+    region = Region(Space("AMW", 6), Criteria.parse("accuracy", ["attention <= 1/2"], Target(shape=load_shape("1b"))))
+    trials = run(RandomProposer(region, 0), 6)
+    proposal = BotorchProposer(region, 0, 4).propose(trials, [], 6)
+    assert (proposal.proposer, proposal.note) == ("bayesian", None)
+    assert region.allows(proposal.sequence)
+    assert region.ranks is None
+
+
+def test_where_botorch_fails_a_random_sequence_stands_in(monkeypatch):
+    def broken(self, *_):
+        raise RuntimeError("not positive definite")
+
+    monkeypatch.setattr(BotorchProposer, "_best_candidate", broken)
+    region = Region(Space("AM", 4), criteria("accuracy", "attention <= 1/2"))
+    proposal = BotorchProposer(region, 0, 2).propose(run(RandomProposer(region, 0), 3), [], 3)
+    assert (proposal.proposer, proposal.note) == ("random", "BoTorch: RuntimeError: not positive definite")
+    assert region.allows(proposal.sequence)

@@ -51,6 +51,21 @@ class Toy:
         return Evaluation(score, seed_scores=(score,), tasks={"share": score}, test_score=score)
 
 
+class Together(Toy):
+    """Also scores batches, and leaves a file a batch; `refuses` the batches that hold such a sequence."""
+
+    refuses = ()
+
+    def evaluate_many(self, sequences):
+        letters = [sequence.letters for sequence in sequences]
+        (Path(self.pids) / ("batch." + ".".join(letters))).touch()
+        if set(letters) & set(self.dies):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if set(letters) & set(self.refuses):
+            raise MemoryError("too many at once")
+        return [Toy.evaluate(Toy(), sequence) for sequence in sequences]
+
+
 class Stillborn(Toy):
     def __setstate__(self, state):
         os._exit(3)
@@ -279,7 +294,9 @@ def test_a_search_in_which_everything_fails_stops_early(score, tmp_path):
             return Evaluation(score=score)
 
     for tries in (1, 2):
-        with pytest.raises(ComposerError, match=f"3 trials failed and none was completed; .*the score is {score}"):
+        with pytest.raises(
+            ComposerError, match=f"3 trials failed and none was completed; .*diverged: the score is {score}"
+        ):
             search(RANDOM, tmp_path, workers=0, evaluator=Broken())
         assert len(Study.load(tmp_path).trials) == 3 * tries
 
@@ -326,6 +343,10 @@ def test_the_number_of_quasi_random_trials_has_a_default(length, budget, initial
         (SearchSettings(evaluator="huge"), 0, "preset 'huge'"),
         (SearchSettings(overrides={"stepz": 1}), 0, "'stepz'"),
         (SearchSettings(proposer="exhaustive", length=8), 0, "too small for an exhaustive search"),
+        (SearchSettings(batch=0), 0, "batch=0"),
+        (SearchSettings(objective="accuracy - kv"), 0, "unknown metric 'kv'"),
+        (SearchSettings(constraints=("params <= 0.5x",)), 0, "nearest is"),
+        (SearchSettings(constraints=("params <= 1x",), target_shape="1z"), 0, "unknown shape '1z'"),
     ],
     ids=str,
 )
@@ -348,3 +369,80 @@ def test_progress_shows_every_trial_once(tmp_path):
         assert str(trial.sequence) in line
         assert f"{trial.score:.3f}" in line
     assert sum("best so far" in line for line in shown) >= 1
+
+
+def batches(folder):
+    return [path.name.split(".")[1:] for path in folder.glob("batch.*")]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_goes_to_one_worker_that_takes_it_at_once(workers, toy, tmp_path):
+    settings = SearchSettings(length=4, budget=10, batch=4, proposer="random")
+    evaluator = toy.Together(pids=tmp_path)
+    study = search(settings, tmp_path / "study", workers=workers, evaluator=evaluator)
+    sequences = [trial.sequence.letters for trial in study.trials]
+    assert sorted(batches(tmp_path)) == sorted([sequences[:4], sequences[4:8], sequences[8:]])
+    single = search(settings, tmp_path / "single", workers=workers, evaluator=toy.Toy())
+    assert outcomes(study) == outcomes(single)
+
+
+def test_a_batch_whose_worker_dies_costs_the_trial_that_killed_it_alone(toy, tmp_path):
+    settings = SearchSettings(length=3, budget=8, batch=4)
+    evaluator = toy.Together(pids=tmp_path, dies=("AMA",))
+    study = search(settings, tmp_path / "study", workers=2, evaluator=evaluator)
+    assert sorted(trial.trial for trial in study.trials) == list(range(8))
+    assert {trial.sequence.letters for trial in study.trials if not trial.completed} == {"AMA"}
+
+
+def test_a_batch_that_cannot_be_taken_at_once_is_taken_one_by_one(toy, tmp_path):
+    evaluator = toy.Together(pids=tmp_path, raises=("MAM",))
+    evaluator.refuses = ("AMA", "MAM")
+    study = search(SearchSettings(length=3, budget=8, batch=4), tmp_path / "study", workers=1, evaluator=evaluator)
+    assert {trial.sequence.letters: trial.error for trial in study.trials if trial.error} == {
+        "MAM": "ValueError: bad luck"
+    }
+    assert len(study.completed) == 7
+
+
+@pytest.mark.parametrize("kept", [1, 2, 4, 5])
+@pytest.mark.parametrize("proposer", ["evolution", "bayesian"])
+def test_a_search_cut_within_a_batch_proposes_what_the_whole_one_did(proposer, kept, tmp_path):
+    settings = SearchSettings(length=6, budget=6, batch=3, initial=2, proposer=proposer)
+    whole = search(settings, tmp_path, workers=0, evaluator=Here())
+    lines = (tmp_path / "trials.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "trials.jsonl").write_text("".join(lines[:kept]))
+    assert outcomes(search(settings, tmp_path, workers=0, evaluator=Here())) == outcomes(whole)
+    assert len({trial.sequence for trial in whole.trials}) == 6
+
+
+def test_a_diverged_candidate_is_a_finished_trial_with_its_reason(tmp_path):
+    class Diverging(Here):
+        def evaluate(self, sequence):
+            return Evaluation(score=float("nan") if sequence.letters == "AMA" else 0.5)
+
+    settings = SearchSettings(length=3, budget=8, objective="accuracy - 0.1 flops")
+    study = search(settings, tmp_path, workers=0, evaluator=Diverging())
+    assert len(study.trials) == 8
+    (failed,) = [trial for trial in study.trials if not trial.completed]
+    assert (failed.sequence.letters, failed.error) == ("AMA", "diverged: the score is nan")
+    assert failed.objective["flops"] > 0
+    assert "value" not in failed.objective
+    assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 8
+    assert Study.load(tmp_path).trials == study.trials
+
+
+def test_the_best_is_that_of_the_objective(tmp_path):
+    evaluator = Here()
+    plain = search(SearchSettings(length=4, budget=16), tmp_path / "plain", workers=0, evaluator=evaluator)
+    mixed_settings = SearchSettings(length=4, budget=16, objective="accuracy - 3 kv_bytes")
+    mixed = search(mixed_settings, tmp_path / "mixed", workers=0, evaluator=evaluator)
+    assert plain.best.sequence.letters == "AAAA"
+    assert plain.best.objective == {}
+    assert mixed.best.objective["value"] == max(trial.objective["value"] for trial in mixed.trials)
+    assert mixed.best.objective["kv_bytes"] < max(trial.objective["kv_bytes"] for trial in mixed.trials)
+    with pytest.raises(UsageError, match="objective is 'accuracy - 3 kv_bytes' there and 'accuracy - 2 kv_bytes' now"):
+        other = SearchSettings(length=4, budget=16, objective="accuracy - 2 kv_bytes")
+        search(other, tmp_path / "mixed", workers=0, evaluator=evaluator)
+    matched = SearchSettings(length=4, budget=16, objective="accuracy - 3 kv_bytes", match="parameters")
+    with pytest.raises(UsageError, match=r"target.match is 'paper' there and 'parameters' now"):
+        search(matched, tmp_path / "mixed", workers=0, evaluator=evaluator)

@@ -82,7 +82,7 @@ def test_the_files_are_those_of_the_documented_format(folder):
         "format": "composer-study",
         "version": 1,
         "space": {"primitives": "AM", "length": 4},
-        "proposer": {"name": "random", "initial": 3, "seed": 0},
+        "proposer": {"name": "random", "initial": 3, "seed": 0, "batch": 1},
         "budget": 5,
     }
     assert head["evaluator"] == SETTINGS.evaluator
@@ -331,3 +331,34 @@ def test_a_space_knows_its_own():
 def test_impossible_spaces_are_named(primitives, length, message):
     with pytest.raises(UsageError, match=message):
         Space(primitives, length)
+
+
+def test_studies_from_before_there_were_objectives_are_read_and_continued(folder):
+    values = json.loads((folder / "study.json").read_text())
+    for new in ("strategy", "objective", "constraints", "target"):
+        del values[new]
+    del values["proposer"]["batch"]
+    write(folder, "study.json", json.dumps(values))
+    assert Study.load(folder).settings == SETTINGS
+    with Study.open(folder, SETTINGS) as study:
+        assert len(study.trials) == 3
+
+
+def test_exact_metrics_are_kept(folder):
+    metrics = {"kv_bytes": 2048, "attention": 0.25, "value": 0.4}
+    with Study.open(folder, SETTINGS) as study:
+        study.record(trial(3, "AMMM", objective=metrics))
+        study.record(dataclasses.replace(failed(4, "MMMA"), objective={"kv_bytes": 0}))
+    *_, completed, without = Study.load(folder).trials
+    assert completed.objective == metrics
+    assert without.objective == {"kv_bytes": 0}
+
+
+def test_fixed_blocks_belong_to_the_space():
+    space = Space("AM", 5, prefix="AM", suffix="M")
+    assert [space.at(rank).letters for rank in range(space.size)] == ["AMAAM", "AMAMM", "AMMAM", "AMMMM"]
+    assert [space.rank(space.at(rank)) for rank in range(4)] == list(range(4))
+    assert CompositeSequence("AMAMM") in space
+    assert CompositeSequence("AMAMA") not in space
+    with pytest.raises(UsageError, match="expected more blocks than prefix='AM' and suffix='M' fix"):
+        Space("AM", 3, prefix="AM", suffix="M")

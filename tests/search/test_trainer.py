@@ -216,11 +216,48 @@ def test_the_metric_can_be_the_mean_over_classes():
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"metric": "recall"}, "metric='recall'"),
         ({"patience": -1}, "patience=-1"),
+        ({"precision": "int8"}, "precision='int8'; expected float32"),
     ],
 )
 def test_impossible_settings_are_named(changes, named):
     with pytest.raises(UsageError, match=named):
         with_(**changes)
+
+
+@pytest.mark.parametrize("precision", ["float64", "tf32", "bfloat16"])
+def test_other_precisions_learn_the_same(precision):
+    """Bfloat16 has 8 bits of mantissa: after 60 steps a few of 224 answers may differ, no more."""
+    chosen = with_(steps=60, evaluate_every=60)
+    before = torch.get_float32_matmul_precision()
+    usual, other = (
+        train(SEQUENCE, data(), dataclasses.replace(chosen, precision=p), 0) for p in ("float32", precision)
+    )
+    assert 0.7 < usual.test < 0.999
+    assert other.test == pytest.approx(usual.test, abs=0.03)
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_result_says_why_it_ended():
+    inputs, targets = previous_token(1, 32)
+    noise = np.where(targets == IGNORE, IGNORE, np.random.default_rng(9).integers(6, size=targets.shape))
+    ends = {
+        "solved": train(SEQUENCE, data(), with_(steps=1000, solved=0.9, cosine=False), 0),
+        "stuck": train(SEQUENCE, data(validation=(inputs, noise)), with_(steps=2000, patience=2, cosine=False), 0),
+        "diverged": train(SEQUENCE, data(), with_(learning_rates=(1e30,), steps=100, cosine=False), 0),
+        "budget": train(SEQUENCE, data(), with_(weight_decay=0.1), 0),
+    }
+    assert {name: result.ended for name, result in ends.items()} == {name: name for name in ends}
+    assert [result.weight_decay for result in ends.values()] == [0.0, 0.0, 0.0, 0.1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 10), min_size=1, max_size=6))
+def test_the_best_rate_is_the_first_of_the_best_up_to_the_first_that_solves(tenths):
+    runs = [trainer.TrainResult(n / 10, 0.0, 10.0**-i, 1, (), ()) for i, n in enumerate(tenths)]
+    tried = tenths[: next((i for i, n in enumerate(tenths) if n >= 9), len(tenths) - 1) + 1]
+    best = trainer.best_rate(runs, solved=0.9)
+    assert best.learning_rate == 10.0 ** -tried.index(max(tried))
+    assert best.by_rate == tuple((10.0**-i, n / 10) for i, n in enumerate(tried))
 
 
 def test_a_device_that_is_not_there_is_an_error_for_people():

@@ -18,7 +18,7 @@ from composer_search.report.markup import Markup, element, join
 MOST_POINTS = 600
 """Points of a curve; longer ones are drawn as means of equal stretches of steps."""
 
-_GLYPHS = {"sobol": "ring", "bayesian": "disc", "random": "square", "exhaustive": "disc"}
+_GLYPHS = {"sobol": "ring", "bayesian": "disc", "random": "square", "exhaustive": "disc", "evolution": "diamond"}
 
 
 @dataclass(frozen=True)
@@ -124,24 +124,24 @@ def trials_chart(study: Study) -> Markup:
     marks += [_trial_mark(trial, score, x, y, trial.sequence in votes and score >= lowest) for trial, score in scored]
     for trial in study.trials:
         if trial.score is None:
-            marks.append(_glyph("cross", x.place(trial.number), 100, f"Trial {trial.number}: {trial.status}"))
+            marks.append(glyph("cross", x.place(trial.number), 100, f"Trial {trial.number}: {trial.status}"))
     best = study.scored[0]
     label = f"Score of {len(scored)} trials; the best is trial {best[0].number}, {best[0].sequence}, at {best[1]:.4f}"
-    return _plot(x, y, marks, label=label, titles=("Score", "Trial"))
+    return plot(x, y, marks, label=label, titles=("Score", "Trial"))
 
 
 def trials_legend(study: Study) -> Markup:
     """What the marks of `trials_chart` mean, for the marks that occur."""
     names = {"sobol": "Sobol (space-filling)", "bayesian": "Bayesian optimisation"}
     found = dict.fromkeys(trial.proposer for trial, _ in study.scored)
-    items = [_legend_item(_key(_GLYPHS.get(name, "disc")), names.get(name, name.capitalize())) for name in found]
+    items = [legend_item(key_mark(_GLYPHS.get(name, "disc")), names.get(name, name.capitalize())) for name in found]
     if study.aggregate:
-        items.append(_legend_item(_key("disc member"), "in the best cluster, which votes"))
-    items.append(_legend_item(element("span", class_="key best"), "best so far"))
+        items.append(legend_item(key_mark("disc member"), "in the best cluster, which votes"))
+    items.append(legend_item(element("span", class_="key best"), "best so far"))
     if any(trial.spread for trial, _ in study.scored):
-        items.append(_legend_item(element("span", class_="key whisker"), "± standard deviation over seeds"))
+        items.append(legend_item(element("span", class_="key whisker"), "± standard deviation over seeds"))
     if any(trial.score is None for trial in study.trials):
-        items.append(_legend_item(_key("cross"), "failed"))
+        items.append(legend_item(key_mark("cross"), "failed"))
     return element("ul", *items, class_="legend")
 
 
@@ -168,7 +168,7 @@ def votes_chart(aggregate: Aggregate) -> Markup:
         f"position {number}: " + ", ".join(f"{votes} for {letter}" for letter, votes in vote.items())
         for number, vote in enumerate(aggregate.votes, start=1)
     )
-    bars = _plot(None, y, marks, label=f"Votes: {words}", titles=("Votes by position", ""), size="low")
+    bars = plot(None, y, marks, label=f"Votes: {words}", titles=("Votes by position", ""), size="low")
     letters = element("div", block_strip(aggregate.sequence.letters, count), class_="under-plot")
     return join([bars, letters])
 
@@ -194,18 +194,18 @@ def loss_chart(contents: Contents) -> Markup:
     ends = ", ".join(f"{name} ends at {curve[-1][1]:.3f}" for name, curve in curves if curve)
     data = {"low": x.low, "high": x.high, "series": [{"name": name, "points": line} for name, line in series if line]}
     label = f"Loss in nats per token by training step: {ends}"
-    return _plot(x, y, marks, label=label, titles=("Loss, nats per token", "Step"), series=json.dumps(data))
+    return plot(x, y, marks, label=label, titles=("Loss, nats per token", "Step"), series=json.dumps(data))
 
 
 def loss_legend(contents: Contents) -> Markup:
     """Which colour is which run, and how training and validation are drawn."""
     items = [
-        _legend_item(element("span", class_=f"key s{index % 6}"), run.name)
+        legend_item(element("span", class_=f"key s{index % 6}"), run.name)
         for index, run in enumerate(contents.runs)
         if run.training or run.validation
     ]
-    items.append(_legend_item(element("span", class_="key thin"), "training"))
-    items.append(_legend_item(element("span", class_="key dotted"), "held-out validation"))
+    items.append(legend_item(element("span", class_="key thin"), "training"))
+    items.append(legend_item(element("span", class_="key dotted"), "held-out validation"))
     return element("ul", *items, class_="legend")
 
 
@@ -218,7 +218,7 @@ def thin(curve: Curve) -> Curve:
     return tuple((group[-1][0], sum(loss for _, loss in group) / len(group)) for group in groups)
 
 
-def _plot(
+def plot(
     x: Axis | None,
     y: Axis,
     marks: Iterable[str],
@@ -253,7 +253,7 @@ def _plot(
 
 def _path(curve: Curve, x: Axis, y: Axis, style: str) -> Markup:
     corners = (f"{x.place(step):.3f} {100 - y.place(loss):.3f}" for step, loss in curve)
-    return _stretched("M" + "L".join(corners), style) if curve else Markup()
+    return stretched("M" + "L".join(corners), style) if curve else Markup()
 
 
 def _step_line(scored: list[tuple[Trial, float]], x: Axis, y: Axis) -> Markup:
@@ -263,10 +263,10 @@ def _step_line(scored: list[tuple[Trial, float]], x: Axis, y: Axis) -> Markup:
         path += f"H{left}" if path else f"M{left} {100 - y.place(score):.3f}"
         best = max(best, score)
         path += f"V{100 - y.place(best):.3f}"
-    return _stretched(f"{path}H100", "best")
+    return stretched(f"{path}H100", "best")
 
 
-def _stretched(path: str, style: str) -> Markup:
+def stretched(path: str, style: str) -> Markup:
     """A path whose coordinates are per cent of the chart; the pen keeps its width."""
     pen = element("path", d=path, class_=style, vector_effect="non-scaling-stroke")
     return element("svg", pen, viewBox="0 0 100 100", preserveAspectRatio="none", width="100%", height="100%")
@@ -280,10 +280,11 @@ def _trial_mark(trial: Trial, score: float, x: Axis, y: Axis, member: bool) -> M
     spread = f" ± {trial.spread:.4f}" if trial.spread else ""
     words = f"Trial {trial.number}: {trial.sequence}\n{score:.4f}{spread}, {trial.proposer}"
     style = _GLYPHS.get(trial.proposer, "disc") + (" member" if member else "")
-    return join([whisker, _glyph(style, x.place(trial.number), 100 - y.place(score), words)])
+    return join([whisker, glyph(style, x.place(trial.number), 100 - y.place(score), words)])
 
 
-def _glyph(style: str, left: float, top: float, words: str) -> Markup:
+def glyph(style: str, left: float, top: float, words: str) -> Markup:
+    """A mark at a place in per cent of the chart; `words` show on hover."""
     return element("svg", _shape(style, element("title", words)), x=percent(left), y=percent(top), class_="place")
 
 
@@ -294,6 +295,8 @@ def _shape(style: str, *children: str) -> Markup:
         return element("path", *children, d="M-4-4L4 4M-4 4L4-4", class_=classes)
     if style.startswith("square"):
         return element("rect", *children, x=-4, y=-4, width=8, height=8, class_=classes)
+    if style.startswith("diamond"):
+        return element("path", *children, d="M0-6L6 0L0 6L-6 0Z", class_=classes)
     return element("circle", *children, r=5, class_=classes)
 
 
@@ -313,11 +316,13 @@ def _vote(where: str, symbol: str, votes: int, *, floor: int, y: Axis, column: t
     )
 
 
-def _key(style: str) -> Markup:
+def key_mark(style: str) -> Markup:
+    """A mark for a legend."""
     return element("svg", element("svg", _shape(style), x="50%", y="50%", class_="place"), class_="key-glyph")
 
 
-def _legend_item(key: str, words: str) -> Markup:
+def legend_item(key: str, words: str) -> Markup:
+    """One entry of a legend."""
     return element("li", element("span", key, class_="key-box", aria_hidden="true"), element("span", words))
 
 

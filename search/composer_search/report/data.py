@@ -46,19 +46,27 @@ class ReportInputs:
 
 @dataclass(frozen=True)
 class Trial:
-    """One line of the trial log; `score` and `test_score` are None where there is none, `tasks` may be empty."""
+    """One line of the trial log; `score` and `test_score` are None where there is none, `tasks` may be empty.
+
+    `seed_scores` is empty where the log has none.
+    """
 
     number: int
     sequence: CompositeSequence
     score: float | None
     spread: float
-    seeds: int
+    seed_scores: tuple[float, ...]
     tasks: dict[str, float]
     test_score: float | None
     proposer: str
     seconds: float | None
     status: str
     error: str
+
+    @property
+    def seeds(self) -> int:
+        """How many trainings the score is a mean of."""
+        return max(1, len(self.seed_scores))
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,16 @@ class Study:
         """How many sequences the searched space holds, where the settings tell it."""
         space = self.settings.get("space")
         primitives, length = (space.get("primitives"), space.get("length")) if isinstance(space, dict) else (None, None)
-        return len(primitives) ** length if isinstance(primitives, str) and isinstance(length, int) else None
+        if not isinstance(primitives, str) or not isinstance(length, int) or not isinstance(space, dict):
+            return None
+        fixed = len(str(space.get("prefix", ""))) + len(str(space.get("suffix", "")))
+        return len(primitives) ** max(0, length - fixed)
+
+    @property
+    def budget(self) -> int | None:
+        """How many trials were asked for, where the settings tell it."""
+        budget = self.settings.get("budget")
+        return budget if isinstance(budget, int) and not isinstance(budget, bool) else None
 
 
 Curve = tuple[tuple[int, float], ...]
@@ -255,14 +272,16 @@ def _read_format(path: Path, what: str, name: str) -> dict[str, Any]:
 def _trial(line: dict[str, Any], where: str) -> Trial:
     status = _field(line, "status", str, where)
     completed = status == "completed"
-    seeds = _field(line, "seed_scores", list, where) if "seed_scores" in line else [None]
+    seeds = _field(line, "seed_scores", list, where) if "seed_scores" in line and completed else []
+    if not all(_is_finite(score) for score in seeds):
+        raise FileError(f"{where}: seed_scores={seeds!r}; expected finite numbers")
     tasks = _field(line, "tasks", dict, where) if "tasks" in line else {}
     return Trial(
         number=_field(line, "trial", int, where),
         sequence=_sequence(line.get("sequence"), where),
         score=_number(line, "score", where) if completed else None,
         spread=_number(line, "spread", where) if completed and "spread" in line else 0.0,
-        seeds=len(seeds),
+        seed_scores=tuple(float(score) for score in seeds),
         tasks={name: _number(tasks, name, f"{where}, tasks") for name in tasks} if completed else {},
         test_score=_number(line, "test_score", where) if line.get("test_score") is not None else None,
         proposer=str(line.get("proposer", "unknown")),

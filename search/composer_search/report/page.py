@@ -6,15 +6,11 @@ The page needs no network and no script: charts are inline SVG. Its script adds 
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 
-import composer_megatron
 from composer_megatron.files import write_text
 from composer_megatron.sequence import CompositeSequence
-from composer_search.report import models, search, settings
+from composer_search.report import analysis, models, search, settings
 from composer_search.report.charts import block_strip
 from composer_search.report.data import Contents, ReportInputs, TrainingRun, gather, is_baseline
 from composer_search.report.markup import (
@@ -23,20 +19,24 @@ from composer_search.report.markup import (
     bullets,
     decimal,
     element,
-    escape,
     integer,
     join,
     phrase,
     sequence_text,
 )
+from composer_search.report.shell import fill_page
 
 __all__ = ["ReportInputs", "build_report", "write_report"]
 
 _SECTIONS: tuple[tuple[str, str, Callable[[Contents], Markup | Missing]], ...] = (
     ("search", "Candidates and scores", search.search),
+    ("pareto", "Score against cost", analysis.pareto),
+    ("tasks", "Tasks and agreement", analysis.tasks),
+    ("uncertainty", "How sure is the ranking?", analysis.uncertainty),
     ("vote", "The vote", search.vote),
     ("sequences", "Sequences", models.sequences),
     ("costs", "Parameters, FLOPs and KV cache", models.costs),
+    ("effort", "Cost of the search", analysis.cost),
     ("plan", "Pipeline plan", models.plan),
     ("training", "Training", models.training),
     ("samples", "Generated text", models.samples),
@@ -56,31 +56,28 @@ def build_report(inputs: ReportInputs) -> str:
         FileError: If a named file or folder is missing, or holds something else than it should; the message names it.
     """
     contents = gather(inputs)
-    shown, left_out = [], []
+    shown = []
+    left_out: dict[str, list[str]] = {}
     for anchor, title, build in _SECTIONS:
         body = build(contents)
         if isinstance(body, Missing):
-            left_out.append(f"{title}: {body.reason}")
+            left_out.setdefault(body.reason, []).append(title)
         else:
             shown.append((anchor, title, body))
     if contents.text is None:
-        left_out.append("Unigram model: no text folder was given")
+        left_out.setdefault("no text folder was given", []).append("Unigram model")
     links = (element("a", title, href=f"#{anchor}") for anchor, title, _ in shown)
     headings = (element("h2", title, id=f"{anchor}-title") for anchor, title, _ in shown)
     sections = (
         element("section", heading, body, id=anchor, aria_labelledby=f"{anchor}-title")
         for heading, (anchor, _, body) in zip(headings, shown, strict=True)
     )
-    template = files("composer_search.report").joinpath("page.html").read_text(encoding="utf-8")
-    now = datetime.now(UTC)
-    return Template(template).substitute(
-        title=escape(_title(contents)),
-        date=element("time", f"{now:%d %B %Y, %H:%M} UTC", datetime=now.isoformat(timespec="seconds")),
-        version=escape(composer_megatron.__version__),
+    return fill_page(
+        _title(contents),
+        sections=join(sections),
         summary=_summary(contents),
         left_out=_left_out(left_out),
         contents=bullets(links),
-        sections=join(sections),
     )
 
 
@@ -190,7 +187,9 @@ def _tile(name: str, value: Markup, note: str) -> Markup:
     )
 
 
-def _left_out(reasons: list[str]) -> Markup:
-    if not reasons:
+def _left_out(titles: dict[str, list[str]]) -> Markup:
+    """What the page does not hold, by reason."""
+    if not titles:
         return Markup()
-    return element("aside", element("p", "Left out of this page"), bullets(reasons), class_="left-out")
+    listing = bullets(f"{', '.join(sections)}: {reason}" for reason, sections in titles.items())
+    return element("aside", element("p", "Left out of this page"), listing, class_="left-out")

@@ -1,0 +1,262 @@
+"""What Megatron-core lets pass and computes wrongly, or refuses late and in words of its own: refused first, here.
+
+Each function raises an error for people, on every rank alike, before any process waits for another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from composer_megatron.architecture import Architecture
+from composer_megatron.checkpoint import complete_iterations
+from composer_megatron.errors import UsageError
+from composer_megatron.layout import Layout
+from composer_megatron.primitives import PRIMITIVES
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+_NOT_IN_A_COMPOSITE = {
+    "num_layers": "--architecture says how many blocks there are",
+    "num_layers_per_virtual_pipeline_stage": "use --num-virtual-stages-per-pipeline-rank",
+    "pipeline_model_parallel_layout": "cut by hand with --hybrid-layer-pattern and its '|'",
+    "decoder_first_pipeline_num_layers": "cut by hand with --hybrid-layer-pattern and its '|'",
+    "decoder_last_pipeline_num_layers": "cut by hand with --hybrid-layer-pattern and its '|'",
+    "account_for_embedding_in_pipeline_split": "the cut counts the embedding and the loss already",
+    "account_for_loss_in_pipeline_split": "the cut counts the embedding and the loss already",
+    "heterogeneous_layers_config_path": "--architecture says what each block is",
+    "heterogeneous_layers_config_encoded_json": "--architecture says what each block is",
+    "hybrid_override_pattern": "use --hybrid-layer-pattern",
+    "num_experts": "no block of the architecture has experts",
+    "expert_model_parallel_size": "no block of the architecture has experts",
+    "expert_tensor_parallel_size": "no block of the architecture has experts",
+    "mtp_num_layers": "the architecture predicts one token; multi-token prediction is not part of it",
+    "multi_latent_attention": "attention blocks have grouped queries",
+    "experimental_attention_variant": "attention blocks have grouped queries",
+    "window_attn_skip_freq": "attention blocks see all earlier tokens",
+    "no_rope_freq": "all attention blocks have rotary embeddings",
+    "moe_layer_freq": "no block of the architecture has experts",
+    "linear_attention_freq": "attention blocks have grouped queries",
+    "apply_residual_connection_post_layernorm": "blocks normalise their input and add to it as it was",
+    "window_size": "attention blocks see all earlier tokens",
+    "softmax_type": "attention is an ordinary softmax",
+    "attention_output_gate": "attention blocks have no gate",
+    "qk_layernorm": "queries and keys are not normalised",
+    "add_qkv_bias": "blocks have no biases",
+    "use_rope_scaling": "the shape's rope_theta is all that rotary embeddings have",
+    "rotary_seq_len_interpolation_factor": "the shape's rope_theta is all that rotary embeddings have",
+    "activation_func_clamp_value": "MLP blocks are SwiGLU",
+    "glu_linear_offset": "MLP blocks are SwiGLU",
+}
+"""Flags of other models of Megatron's, by its name for them, each with what holds for a Composite instead.
+
+Megatron's hybrid model ignores most of them without a word, and trains another model than the one asked for; with the
+others the run's ``architecture.json`` would tell of another model than its checkpoints hold.
+"""
+_HARMLESS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "expert_model_parallel_size": (1,),
+        "expert_tensor_parallel_size": (1,),
+        "moe_layer_freq": (1,),
+        "softmax_type": ("vanilla",),
+        "glu_linear_offset": (0.0,),
+    }
+)
+"""Values of those flags that mean nothing, beside None and False."""
+
+
+def check_checkpoints(folder: Path, architecture: Architecture) -> None:
+    """Refuse a folder of checkpoints that belongs to another architecture, to be loaded or to be saved to.
+
+    Looks at the newest checkpoint whose index can be read; a folder without one is nobody's.
+
+    Raises:
+        UsageError: With the first block that differs, or the first matrix.
+    """
+    from megatron.core.dist_checkpointing import load_tensors_metadata
+
+    for iteration in reversed(complete_iterations(folder)):
+        try:
+            tensors = load_tensors_metadata(str(folder / f"iter_{iteration:07d}"))
+        except Exception:
+            continue
+        shapes = {name: tuple(tensor.global_shape) for name, tensor in tensors.items()}
+        problem = _difference(saved_blocks(shapes), architecture.sequence.letters) or _wrong_matrix(
+            shapes, architecture
+        )
+        if problem:
+            place = f"{folder} holds checkpoints of another architecture than {architecture.sequence.notation}"
+            raise UsageError(f"{place}: {problem}; choose another folder")
+        return
+
+
+def check_same(known: Architecture, wanted: Architecture, file: Path) -> None:
+    """Refuse to go on with another architecture than the run's.
+
+    Args:
+        known: The run's.
+        wanted: What is asked for.
+        file: Where the run's stands.
+
+    Raises:
+        UsageError: With the first block that differs, or the widths that do.
+    """
+    if known == wanted:
+        return
+    problem = _difference(known.sequence.letters, wanted.sequence.letters)
+    if not problem:
+        here = vars(wanted.shape)
+        unequal = [name for name, value in vars(known.shape).items() if value != here[name]]
+        problem = ", ".join(f"{name} is {vars(known.shape)[name]} there and {here[name]} here" for name in unequal)
+    place = f"{file.parent} is a run of another architecture ({file})"
+    raise UsageError(f"{place}: {problem or 'its origin differs'}; choose another --run-dir")
+
+
+def saved_blocks(names: Iterable[str]) -> str:
+    """The blocks that a checkpoint holds, by the names of its tensors: ``AAMMMM``.
+
+    A layer of Megatron's GPTModel holds both halves and counts as ``AM``, as its hybrid model loads it; ``?`` stands
+    for a layer of neither.
+    """
+    found: dict[int, set[str]] = {}
+    for name in names:
+        match = re.match(r"decoder\.layers\.(\d+)\.(self_attention|mlp)\.", name)
+        if match:
+            found.setdefault(int(match[1]), set()).add("A" if match[2] == "self_attention" else "M")
+    return "".join("".join(sorted(found.get(layer, {"?"}))) for layer in range(max(found, default=-1) + 1))
+
+
+def _difference(there: str, here: str) -> str:
+    """Where two sequences part, in words; empty if nowhere."""
+    for number, (one, other) in enumerate(zip(there, here, strict=False), start=1):
+        if one != other:
+            return f"block {number} is {one} there and {other} here"
+    return "" if len(there) == len(here) else f"it has {len(there)} blocks there and {len(here)} here"
+
+
+def _wrong_matrix(shapes: Mapping[str, tuple[int, ...]], architecture: Architecture) -> str:
+    shape = architecture.shape
+    hidden, heads = shape.hidden_size, shape.num_attention_heads + 2 * shape.num_query_groups
+    expected = {
+        "word_embeddings.weight": (shape.vocab_size, hidden),
+        "linear_qkv.weight": (heads * shape.head_dim, hidden),
+        "linear_fc1.weight": (2 * shape.ffn_hidden_size, hidden),
+    }
+    for name, size in shapes.items():
+        wanted = expected.get(".".join(name.split(".")[-2:]), size)
+        if name.startswith(("embedding.", "decoder.")) and size != wanted:
+            return f"{name} is {size} there and {wanted} here"
+    if ("output_layer.weight" in shapes) is shape.tied_embeddings:
+        return f"its output layer is {'not ' if shape.tied_embeddings else ''}tied to the embedding"
+    return ""
+
+
+def check_flags(given: Mapping[str, Any]) -> None:
+    """Refuse flags that belong to another model of Megatron's than its hybrid one.
+
+    Args:
+        given: The flags that the user gave, by Megatron's names.
+
+    Raises:
+        UsageError: With what to use instead.
+    """
+    from composer_megatron.arguments import flag_of
+
+    for name, instead in _NOT_IN_A_COMPOSITE.items():
+        if given.get(name) not in (None, False, *_HARMLESS.get(name, ())):
+            raise UsageError(f"{flag_of(name)} does not go with an architecture file: {instead}")
+    pattern = given.get("hybrid_layer_pattern") or ""
+    known = "".join(row.megatron_symbol for row in PRIMITIVES.values())
+    foreign = next((letter for letter in pattern if letter not in known + "|/"), None)
+    if foreign:
+        problem = f"--hybrid-layer-pattern {pattern!r}: {foreign!r} is no block of an architecture file"
+        raise UsageError(f"{problem}; expected {' and '.join(known)}, with '|' between stages")
+
+
+def check_layout(
+    architecture: Architecture, given: Mapping[str, Any], *, virtual_stages: int, seq_len: int, world_size: int
+) -> Layout:
+    """The layout that the flags ask for, if the architecture and the number of processes allow it.
+
+    Args:
+        architecture: What is to be trained.
+        given: The flags that the user gave, by Megatron's names.
+        virtual_stages: Stages on each pipeline rank.
+        seq_len: Tokens in a sequence.
+        world_size: Processes in all.
+
+    Raises:
+        UsageError: With the sizes that do not fit.
+    """
+    tensor, pipeline, context = (
+        given.get(f"{kind}_parallel_size", 1) for kind in ("tensor_model", "pipeline_model", "context")
+    )
+    for name, size in {"tensor-model": tensor, "pipeline-model": pipeline, "context": context}.items():
+        if size < 1:
+            raise UsageError(f"--{name}-parallel-size {size}; expected at least 1")
+    ranks = tensor * pipeline * context
+    if world_size % ranks:
+        sizes = f"tensor {tensor} x pipeline {pipeline} x context {context} = {ranks} ranks"
+        processes = "1 process" if world_size == 1 else f"{world_size} processes"
+        raise UsageError(f"{sizes} do not divide {processes}; start a multiple of {ranks}, or change the sizes")
+    replicas, micro_batch = world_size // ranks, given.get("micro_batch_size", 1)
+    batch = given.get("global_batch_size", micro_batch * replicas)
+    _check_batch(batch, micro_batch, replicas)
+    by_hand = given.get("hybrid_layer_pattern")
+    layout = Layout(
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        virtual_stages=_virtual_stages(by_hand, pipeline, virtual_stages) if by_hand else virtual_stages,
+        context_parallel=context,
+        data_parallel=replicas,
+        micro_batch_size=micro_batch,
+        micro_batches=batch // (micro_batch * replicas),
+        seq_len=seq_len,
+        sequence_parallel=bool(given.get("sequence_parallel")),
+        distributed_optimizer=bool(given.get("use_distributed_optimizer")),
+    )
+    (Layout(tensor_parallel=tensor) if by_hand else layout).check(architecture)  # stages cut by hand may be empty
+    return layout
+
+
+def _virtual_stages(pattern: str, ranks: int, wanted: int) -> int:
+    """Stages on each rank of a pattern cut by hand; without a bar in it Megatron cuts it into equal stages."""
+    stages = pattern.count("|") + 1
+    if stages == 1:
+        return 1
+    if stages % ranks or (wanted > 1 and stages != ranks * wanted):
+        problem = f"--hybrid-layer-pattern {pattern!r} has {stages} stages for {ranks} pipeline ranks"
+        raise UsageError(f"{problem}; put in {ranks * wanted - 1} bars, or change --pipeline-model-parallel-size")
+    return stages // ranks
+
+
+def _check_batch(batch: int, micro_batch: int, replicas: int) -> None:
+    if micro_batch < 1:
+        raise UsageError(f"--micro-batch-size {micro_batch}; expected at least 1")
+    step = micro_batch * replicas
+    if batch < 1 or batch % step:
+        problem = f"--global-batch-size {batch} is no multiple of {step}"
+        raise UsageError(f"{problem} (--micro-batch-size {micro_batch} x {replicas} data-parallel ranks)")
+
+
+def check_schedule(config: TransformerConfig) -> None:
+    """Refuse a pipeline schedule that gives wrong numbers without a word.
+
+    Between two ranks that hold two stages or more each, a batch of sends and receives (`batch_p2p_comm`, which is
+    Megatron-core's default) pairs a stage's output with another one's input. `megatron.training` sets the flags so that
+    it does not happen; whoever calls Megatron-core has to.
+
+    Raises:
+        UsageError: With what to set.
+    """
+    two = config.pipeline_model_parallel_size == 2
+    if two and (config.virtual_pipeline_model_parallel_size or 1) > 1 and config.batch_p2p_comm:
+        raise UsageError(
+            "two pipeline ranks with several stages each would exchange wrong tensors in silence: set "
+            "overlap_p2p_comm=True and batch_p2p_comm=False in the configuration (Megatron's training does so unless "
+            "--no-overlap-p2p-communication is given), or use one stage a rank"
+        )

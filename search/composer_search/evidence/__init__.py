@@ -1,0 +1,1 @@
+"""Evidence: what a search's scores, proposers and aggregators are worth. Pure functions on study data."""

@@ -1,0 +1,223 @@
+"""The live view of a search in a terminal: of this process's own search, or of a study that another process writes."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from composer_megatron.errors import FileError
+from composer_search.study import Study, Trial
+
+if TYPE_CHECKING:
+    from composer_search.proposers import Proposal
+    from composer_search.strategies import Progress
+
+_BEST = 8
+_SPARKS = "▁▂▃▄▅▆▇█"
+_TILES = {"A": "white on blue", "M": "black on yellow"}
+
+
+def render(study: Study, running: Sequence[Proposal] | None, *, width: int = 100) -> RenderableType:
+    """A study as it stands: progress, cost so far and to go, scores in order, the best trials, and what runs now.
+
+    Args:
+        study: The study.
+        running: Trials under way; None where they are not known, as for another process's study.
+        width: Columns of the terminal.
+    """
+    parts: list[RenderableType] = [_head(study), _bar(study, width)]
+    scores = [trial.score for trial in study.trials if trial.score is not None]
+    if scores:
+        parts += [_sparkline(scores, width), _best(study)]
+    failed = [trial for trial in study.trials if trial.score is None]
+    if failed:
+        words = (
+            f"{len(failed)} failed; the last one, trial {failed[-1].trial} {failed[-1].sequence}: {failed[-1].error}"
+        )
+        parts.append(Text(words, style="red", overflow="ellipsis", no_wrap=True))
+    if running is not None:
+        names = ", ".join(str(proposal.sequence) for proposal in running)
+        parts.append(Text(f"running  {names or 'nothing'}", style="dim", overflow="ellipsis", no_wrap=True))
+    return Group(*parts)
+
+
+@contextlib.contextmanager
+def live_view(console: Console | None = None) -> Iterator[Progress]:
+    """A `composer_search.strategies.Progress` that keeps the whole view on a terminal.
+
+    On what is no terminal, a line for each finished trial.
+    """
+    from rich.live import Live
+
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        from composer_search.strategies import progress_bar
+
+        with progress_bar(console) as progress:
+            yield progress
+        return
+    with Live(console=console, auto_refresh=False) as live:
+
+        def show(study: Study, running: Sequence[Proposal]) -> None:
+            live.update(render(study, running, width=console.width), refresh=True)
+
+        yield show
+
+
+def watch(
+    path: Path | str,
+    console: Console | None = None,
+    *,
+    seconds: float = 1.0,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Study:
+    """Follow a study until its budget is spent; Ctrl-C ends it earlier. Nothing of the study is touched.
+
+    Args:
+        path: The study's folder.
+        console: Where to show it; on what is no terminal, a line for each finished trial.
+        seconds: Between looks.
+        sleep: How to wait.
+
+    Returns:
+        The study as it was last seen.
+
+    Raises:
+        FileError: If there is no study, or a file of it is corrupt.
+    """
+    console = console or Console(highlight=False)
+    view = _watch_terminal if console.is_terminal else _watch_lines
+    return view(Path(path), console, seconds, sleep)
+
+
+def _watch_terminal(path: Path, console: Console, seconds: float, sleep: Callable[[float], None]) -> Study:
+    from rich.live import Live
+
+    study = Study.load(path)
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            view = Group(render(study, None, width=console.width), Text(_silence(study), style="dim"))
+            live.update(view, refresh=True)
+            if _spent(study):
+                return study
+            sleep(seconds)
+            study = _again(study)
+
+
+def _watch_lines(path: Path, console: Console, seconds: float, sleep: Callable[[float], None]) -> Study:
+    study, told = Study.load(path), 0
+    while True:
+        for trial in study.trials[told:]:
+            console.print(_line(trial), markup=False)
+        told = len(study.trials)
+        if _spent(study):
+            return study
+        sleep(seconds)
+        study = _again(study)
+
+
+def _again(study: Study) -> Study:
+    """The study as it is now; as it was, where it cannot be read at this moment because it is being written."""
+    try:
+        return Study.load(study.path)
+    except FileError:
+        if not (study.path / "study.json").exists():
+            raise
+        time.sleep(0.05)
+        return Study.load(study.path)
+
+
+def _spent(study: Study) -> bool:
+    """Whether a one-shot search is over; when an incremental one is, its budget, that of a step, does not tell."""
+    return study.settings.strategy == "one-shot" and _trials_left(study) == 0
+
+
+def _trials_left(study: Study) -> int:
+    return max(0, min(study.settings.budget, study.settings.space.size) - len(study.trials))
+
+
+def _head(study: Study) -> Text:
+    settings = study.settings
+    words = Text(str(study.path), style="bold")
+    by = f"  {settings.space}, {settings.proposer}, {settings.evaluator.get('name', 'evaluator')}"
+    return words.append(by, style="dim")
+
+
+def _bar(study: Study, width: int) -> RenderableType:
+    done, left = len(study.trials), _trials_left(study)
+    grid = Table.grid(padding=(0, 1))
+    bar = ProgressBar(total=max(1, done + left), completed=done, width=max(5, min(40, width - 25)))
+    grid.add_row(bar, f"{done} of {done + left} trials")
+    if not study.trials:
+        return grid
+    mean = statistics.fmean(trial.seconds for trial in study.trials)
+    spent = sum(trial.seconds for trial in study.trials)
+    words = f"{mean:.1f} s each; {_time(spent)} spent, {_time(left * mean)} to go for one worker"
+    return Group(grid, Text(words, style="dim"))
+
+
+def _sparkline(scores: Sequence[float], width: int) -> Text:
+    """The last scores in the order of the log, from the lowest to the highest of the study."""
+    low, high = min(scores), max(scores)
+    shown = scores[-max(1, width - 24) :]
+    steps = [round((score - low) / (high - low) * (len(_SPARKS) - 1)) if high > low else 3 for score in shown]
+    line = Text(f"{low:.3f} ", style="dim")
+    return line.append("".join(_SPARKS[step] for step in steps), style="cyan").append(f" {high:.3f}", style="dim")
+
+
+def _best(study: Study) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("trial", "score", "±", "seconds"):
+        table.add_column(heading, justify="right")
+    table.add_column("by")
+    table.add_column("sequence", no_wrap=True, overflow="ellipsis")
+    order = sorted(study.completed, key=lambda trial: (-(trial.score or 0.0), trial.trial))
+    for trial in order[:_BEST]:
+        spread = f"{trial.spread:.4f}" if len(trial.seed_scores) > 1 else "–"
+        cells = str(trial.trial), f"{trial.score:.4f}", spread, f"{trial.seconds:.1f}", trial.proposer
+        table.add_row(*cells, _tiles(trial.sequence.letters))
+    return table
+
+
+def _tiles(letters: str) -> Text:
+    text = Text()
+    for letter in letters:
+        text.append(letter, style=_TILES.get(letter, "reverse"))
+    return text
+
+
+def _line(trial: Trial) -> str:
+    start = f"trial {trial.trial:>3}  {trial.sequence!s:<12}  "
+    if trial.score is None:
+        return f"{start}failed: {trial.error}"
+    return f"{start}{trial.score:.3f} ± {trial.spread:.3f}  {trial.proposer:<10} {trial.seconds:6.1f} s"
+
+
+def _silence(study: Study) -> str:
+    """How long ago the last trial ended, which shows whether anyone is still at work."""
+    if _spent(study):
+        return "the budget is spent"
+    if not study.trials:
+        return "no trial has ended yet; Ctrl-C ends this view"
+    try:
+        ended = max(datetime.fromisoformat(trial.finished) for trial in study.trials)
+        ago = _time(max(0.0, (datetime.now(UTC) - ended).total_seconds()))
+    except (ValueError, TypeError):  # a log from elsewhere
+        ago = "some time"
+    return f"the last trial ended {ago} ago; Ctrl-C ends this view and leaves the search alone"
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

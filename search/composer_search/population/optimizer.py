@@ -1,0 +1,85 @@
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101) with a learning rate and a weight decay of its own for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from composer_search.population.layout import Layout
+from composer_search.trainer import TrainSettings
+
+BETAS, EPS = (0.9, 0.999), 1e-8
+"""PyTorch's defaults, which MAD keeps."""
+
+
+class AdamW:
+    """The state of AdamW for stacked weights; all rows have taken the same number of steps.
+
+    Args:
+        layout: Tells whose a weight is.
+        weights: The stacked weights, changed in place.
+        recipes: For each row, the column of `coefficients` that it follows.
+        state: First and second moments from before; zeros where there are none.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        weights: Mapping[str, Tensor],
+        recipes: Sequence[int],
+        state: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None,
+    ) -> None:
+        zeros = ({name: torch.zeros_like(weight) for name, weight in weights.items()} for _ in range(2))
+        self.first, self.second = state or tuple(zeros)
+        self._weights = list(weights.values())
+        self._kinds = [name.partition(".")[0] for name in weights]
+        device = self._weights[0].device
+        self._recipes = {
+            kind: torch.tensor([recipes[row] for row in layout.owners(kind)], device=device)
+            for kind in dict.fromkeys(self._kinds)
+        }
+
+    @torch.no_grad()
+    def step(self, gradients: list[Tensor], coefficients: Tensor) -> None:
+        """Take a step with the step's `coefficients` [3, recipes]; nothing is read back from the device."""
+        decay, rate, root = self._spread(coefficients)
+        first, second = list(self.first.values()), list(self.second.values())
+        torch._foreach_mul_(self._weights, decay)
+        torch._foreach_lerp_(first, gradients, 1 - BETAS[0])
+        torch._foreach_mul_(second, BETAS[1])
+        torch._foreach_addcmul_(second, gradients, gradients, 1 - BETAS[1])
+        divisors = torch._foreach_sqrt(second)
+        torch._foreach_div_(divisors, root)
+        torch._foreach_add_(divisors, EPS)
+        steps = torch._foreach_div(first, divisors)
+        torch._foreach_mul_(steps, rate)
+        torch._foreach_sub_(self._weights, steps)
+
+    def _spread(self, coefficients: Tensor) -> list[list[Tensor]]:
+        """The three coefficients of each weight, in its row's shape."""
+        of_kind = {kind: coefficients.index_select(1, recipe) for kind, recipe in self._recipes.items()}
+        pairs = list(zip(self._weights, self._kinds, strict=True))
+        return [[of_kind[kind][i].view(-1, *[1] * (w.dim() - 1)) for w, kind in pairs] for i in range(3)]
+
+
+def coefficients(settings: TrainSettings, recipes: Sequence[tuple[float, float]], first: int, last: int) -> Tensor:
+    """What `AdamW.step` multiplies by at the steps from `first` to before `last`.
+
+    Args:
+        settings: The schedule.
+        recipes: (peak learning rate, weight decay) of each recipe.
+        first: Steps are counted from 0.
+        last: One past the last step.
+
+    Returns:
+        [steps, 3, recipes]: ``1 - rate · decay``, ``rate / (1 - β₁^t)`` and ``sqrt(1 - β₂^t)``, computed in float64.
+    """
+    table = []
+    for step in range(first, last):
+        rates = [settings.learning_rate(peak, step) for peak, _ in recipes]
+        corrections = [1 - beta ** (step + 1) for beta in BETAS]
+        decay = [1 - rate * decay for rate, (_, decay) in zip(rates, recipes, strict=True)]
+        table.append([decay, [rate / corrections[0] for rate in rates], [corrections[1] ** 0.5] * len(recipes)])
+    return torch.tensor(table, dtype=torch.float64).to(settings.weight_dtype)
