@@ -49,14 +49,18 @@ def search(
     match: Literal["paper", "parameters"] = "paper",
     seq_len: int = 4096,
     device: str = "h100",
-    preset: Literal["smoke", "demo", "baseline"] = "baseline",
+    preset: Literal["smoke", "demo", "baseline", "full", "proxies", "small-text", "large-text"] = "baseline",
+    text: tuple[str, ...] = (),
+    text_shape: str | None = None,
+    halving: int = 0,
     seeds: int | None = None,
     seed: int = 0,
     workers: int | None = None,
     executor: Literal["local", "ray"] = "local",
+    live: bool = False,
     json: bool = False,
 ) -> None:
-    """Search short sequences on the MAD tasks; the same command again goes on where it stopped.
+    """Search short sequences on the MAD tasks or a text; the same command again goes on where it stopped.
 
     Args:
         study: Folder of the study; made if absent, continued if present.
@@ -75,15 +79,21 @@ def search(
         match: To which size, as in extrapolate; parameters gives every candidate the baseline's.
         seq_len: Tokens in a sequence, for FLOPs and throughput.
         device: GPU that throughput is predicted for.
-        preset: Size of the proxy tasks: smoke (seconds), demo (minutes), baseline (MAD's own six).
+        preset: What scores a candidate: smoke (seconds), demo (minutes), baseline (MAD's own six tasks), full (MAD's 66
+            settings), proxies (recall and state tracking beside MAD), or a text, small or with large models.
+        text: Files or folders for small-text and large-text, or a folder made by tools/preprocess_text.py.
+        text_shape: Widths for large-text, a preset or a JSON file.
+        halving: Rungs of successive halving within a batch; 0 for none.
         seeds: Training runs a candidate, whose mean is the score; by default the preset's number.
         seed: Seed of data, weights and proposals.
         workers: Batches at once, one process and one thread each; by default one a core, at most 8.
         executor: local, or ray for workers of a Ray cluster, whose address is in RAY_ADDRESS.
+        live: Show a table that follows the search, instead of a line a trial.
         json: Print one JSON object for programs instead of text.
     """
     from rich.console import Console
 
+    from composer_search.live import live_view
     from composer_search.strategies import SearchSettings, progress_bar
     from composer_search.strategies import search as run_search
 
@@ -105,9 +115,13 @@ def search(
         device=device,
         seed=seed,
         evaluator=preset,
+        text=text,
+        shape=text_shape,
+        halving=halving,
         seeds=seeds,
     )
-    with progress_bar(Console(stderr=True, highlight=False) if json else console) as progress:
+    show = live_view if live else progress_bar
+    with show(Console(stderr=True, highlight=False) if json else console) as progress:
         found = run_search(
             settings,
             study,

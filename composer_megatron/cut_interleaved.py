@@ -187,7 +187,7 @@ class _Search:
         bound, mean, borders = 0.0, best.copy(), np.zeros(self.stages + 1)
         for turn in range(1, rounds * _ANSWERS + 1):
             weight, answer = self._lightest(*self.paths.mixture(game.mixture()))
-            bound = max(bound, weight)
+            bound = max(bound, weight * 1.3)
             durations = self.problem.durations(answer)
             game.learn(self.paths.lengths(durations))
             step = 2 / (turn + 1)

@@ -102,7 +102,8 @@ def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Lo
     if is_first_or_last_pipeline_stage(get_attr_wrapped_model(model, "vp_stage")):
         device = torch.cuda.current_device()
         whole = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
-        batch = get_batch_on_this_cp_rank(whole, is_hybrid_cp=False)
+        context = parallel_state.get_context_parallel_group()  # without it, the group would be all ranks
+        batch = get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=context)
     timers("batch-generator").stop()
     output = model(
         batch.get("tokens"),

@@ -72,9 +72,7 @@ class Profile:
         }
         for name, (measured, planned) in wanted.items():
             if measured != planned:
-                raise UsageError(
-                    f"the profile was measured with {name}={measured}, the plan has {name}={planned}"
-                )
+                raise UsageError(f"the profile was measured with {name}={measured}, the plan has {name}={planned}")
         missing = [letter for letter in architecture.sequence.counts if letter not in self.blocks]
         if missing:
             raise UsageError(f"the profile has no times of {', '.join(missing)}: measure again with this version")

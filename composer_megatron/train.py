@@ -245,16 +245,20 @@ def _parse_and_validate(command_line: list[str], *, debug: bool) -> Namespace:
     sys.argv = [sys.argv[0], *command_line]
     if not debug:
         megatron_arguments._print_args = lambda *_: None  # hundreds of lines, nearly all of them defaults
-    try:
+    with _refusing_flags():
         return megatron_arguments.parse_and_validate_args()
+
+
+@contextlib.contextmanager
+def _refusing_flags() -> Iterator[None]:
+    """Turn Megatron's refusal of flags into an error for people; an assertion without words says what it asserts."""
+    try:
+        yield
+    except ComposerError:
+        raise
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise _refusal(error) from error
-
-
-def _refusal(error: Exception) -> UsageError:
-    """Megatron's own words or, where an assertion has none, what it asserts."""
-    asserted = traceback.extract_tb(error.__traceback__)[-1].line
-    return UsageError(f"Megatron refuses these flags: {str(error) or asserted}")
+        asserted = traceback.extract_tb(error.__traceback__)[-1].line
+        raise UsageError(f"Megatron refuses these flags: {str(error) or asserted}") from error
 
 
 class _Metrics(MetricsLog):
@@ -315,21 +319,14 @@ def _pretrain(args: Namespace, backend: "Backend", resumption: Resumption) -> No
     training.save_checkpoint = _with_clear_errors(training.save_checkpoint, f"save a checkpoint in {args.save}", again)
     prepare_optimizer(backend.optimizer.use)
     backend.install()  # before the configuration, which is refused where it asks for what is not there
-    try:
+    with _refusing_flags():
         config = hybrid_config_from_args(args, model_config_cls=CompositeModelConfig)
+        config.loss = backend.loss.use
+        if args.spec is None:
+            config.hybrid_stack_spec = stack_spec(backend)
+            config.pre_wrap_hooks.append(_initialize_weights)
         container = pretrain_cfg_container_from_args(args, config)
-    except (AssertionError, ValueError, RuntimeError) as error:
-        raise error if isinstance(error, ComposerError) else _refusal(error) from error
-    config.loss = backend.loss.use
-    if args.spec is None:
-        config.hybrid_stack_spec = stack_spec(backend)
-        config.pre_wrap_hooks.append(_initialize_weights)
-    training.pretrain(
-        container,
-        train_valid_test_datasets,
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
+    training.pretrain(container, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
     torch.distributed.destroy_process_group()
 
 

@@ -109,7 +109,8 @@ def _trial(proposal: Proposal, outcome: Outcome, criteria: Criteria) -> Trial:
     if found is None:
         return Trial(**common, error=outcome.error or "no reason was given", details=note)
     if score is None:
-        return Trial(**common, error=f"diverged: the score is {found.score}", details=note)
+        reason = found.details.get("reason", f"the score is {found.score}")
+        return Trial(**common, error=f"diverged: {reason}", details={**found.details, **note})
     return Trial(
         **common,
         score=score,

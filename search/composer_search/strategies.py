@@ -59,9 +59,12 @@ class SearchSettings:
         seq_len: Tokens of a sequence, for FLOPs and throughput.
         device: GPU that throughput is predicted for.
         seed: Of the proposals, the data and the weights.
-        evaluator: The MAD preset: ``smoke``, ``demo`` or ``baseline``.
-        overrides: Settings of the preset to change, by name (`composer_search.evaluators.preset`).
-        seeds: Trainings of each candidate; None for the preset's.
+        evaluator: A name of `composer_search.evaluators.EVALUATORS`.
+        overrides: Settings of it to change, by name (`composer_search.evaluators.preset`).
+        text: What the text evaluators train on: files and folders, or one folder of ``tools/preprocess_text.py``.
+        shape: Widths for the evaluator ``large-text``, a preset or a file.
+        halving: Rungs of successive halving within each batch (`composer_search.fidelity`); 0 for none.
+        seeds: Trainings of each candidate; None for the evaluator's own number.
     """
 
     length: int = 6
@@ -83,6 +86,9 @@ class SearchSettings:
     seed: int = 0
     evaluator: str = "demo"
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    text: Sequence[str] = ()
+    shape: str | None = None
+    halving: int = 0
     seeds: int | None = None
 
     @property
@@ -141,7 +147,7 @@ def search(
         workers: Processes that evaluate, each one batch at a time on one thread; 0 evaluates in this process.
         executor: ``local`` for processes of this machine, ``ray`` for a Ray cluster's.
         progress: Called when a trial starts or ends.
-        evaluator: Used instead of MAD with the settings' preset.
+        evaluator: Used instead of the one that the settings name.
         cache_dir: Folder where generated MAD data are kept; None generates them in each worker.
 
     Raises:
@@ -151,10 +157,7 @@ def search(
     if workers < 0:
         raise UsageError(f"workers={workers}; expected 0 (in this process) or more")
     if evaluator is None:
-        from composer_search.evaluators import MadEvaluator, preset
-
-        seeds = {"seed": settings.seed} | ({} if settings.seeds is None else {"seeds": settings.seeds})
-        evaluator = MadEvaluator(preset(settings.evaluator, **{**settings.overrides, **seeds}), cache_dir)
+        evaluator = _named_evaluator(settings, Path(study_path), cache_dir)
     wanted = settings.study_settings(evaluator)
 
     def run(study: Study) -> None:
@@ -172,6 +175,22 @@ def search(
     with Study.open(study_path, wanted) as study:
         run(study)
     return study
+
+
+def _named_evaluator(settings: SearchSettings, study_path: Path, cache_dir: Path | None) -> Evaluator:
+    """The evaluator that the settings name; successive halving keeps its own log beside the trials."""
+    from composer_search.evaluators import make_evaluator
+
+    seeds = {"seed": settings.seed} | ({} if settings.seeds is None else {"seeds": settings.seeds})
+    return make_evaluator(
+        settings.evaluator,
+        text=settings.text,
+        shape=settings.shape,
+        cache_dir=cache_dir,
+        halving=settings.halving,
+        log=study_path / "rungs.jsonl" if settings.halving else None,
+        **{**settings.overrides, **seeds},
+    )
 
 
 def _fitting(evaluator: Evaluator, settings: SearchSettings, length: int) -> Evaluator:

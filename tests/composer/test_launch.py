@@ -62,7 +62,8 @@ import json, pathlib, sys, time
 folder = pathlib.Path(sys.argv[1])
 for step in range(1, 11):
     with (folder / "metrics.jsonl").open("a") as log:
-        log.write(json.dumps({"iteration": step, "name": "lm loss", "value": 8.0 - step / 10, "time": time.time()}) + "\\n")
+        line = {"iteration": step, "name": "lm loss", "value": 8.0 - step / 10, "time": time.time()}
+        log.write(json.dumps(line) + "\\n")
 print("Megatron's own chatter")
 """
 

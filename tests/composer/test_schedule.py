@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composer_megatron.errors import UsageError
-from composer_megatron.schedule import Schedule, held_up, in_flight, rank_order, simulate
+from composer_megatron.schedule import Operation, Schedule, held_up, in_flight, rank_order, simulate
 
 
 @st.composite
@@ -57,6 +57,15 @@ def test_step_time(schedule, data) -> None:
     assert result.time == slowest_wait(schedule, durations, transfer)
     computing = sum(count * duration for count, duration in zip(result.visits, durations, strict=True))
     assert computing + result.transfers == result.time
+
+
+def test_what_holds_up_a_rank() -> None:
+    """Between two passes one exchange with each neighbour that is sent to or received from; none if it overlaps."""
+    forward, backward = Operation(False, 0, 0), Operation(True, 0, 0)
+    pairs = ((forward, forward), (forward, backward), (backward, forward), (backward, backward))
+    found = [[held_up(Schedule(3, 1, 4), rank, *pair) for pair in pairs] for rank in range(3)]
+    assert found == [[1, 1, 0, 1], [2, 1, 1, 2], [1, 0, 1, 1]]
+    assert not any(held_up(Schedule(3, 2, 6), 1, *pair) for pair in pairs)
 
 
 @settings(max_examples=40, deadline=None)
