@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import gc
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -373,7 +374,17 @@ def main() -> None:
             print(f"{study.name}: {found['hours']:.2f} h ({who[0].name}, {who[1]}, {rate:.3g} TFLOP/s)")
     if chosen.output is not None:
         measured = {"speeds": [dataclasses.asdict(speed) for speed in speeds], "flops": flops, "studies": predictions}
-        write_json(chosen.output, {"date": time.strftime("%Y-%m-%d"), **measured, "environment": environment()})
+        figures = {"date": time.strftime("%Y-%m-%d"), **measured, "environment": environment()}
+        write_json(chosen.output, _without_nan(figures))
+
+
+def _without_nan(value: Any) -> Any:
+    """The value with null for what was not measured, since JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 if __name__ == "__main__":

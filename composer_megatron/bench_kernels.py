@@ -131,9 +131,8 @@ def _verdict(op: str, case: str, rows: Iterable[dict[str, Any]]) -> Verdict:
         return Verdict(op, case, OURS, None, None, None, None, "not in this case")
     timed = ours["graph"] is not None
     advantage = peer["graph"] / ours["graph"] if peer and timed else None
-    return Verdict(
-        op, case, ours["name"], ours["graph"], ours["fraction"], peer and peer["name"], advantage, ours["note"]
-    )
+    name = None if peer is None else peer["name"]
+    return Verdict(op, case, ours["name"], ours["graph"], ours["fraction"], name, advantage, ours["note"])
 
 
 def load(folder: Path, ops: Iterable[str]) -> list[Verdict]:

@@ -24,10 +24,13 @@ from composer_megatron.schedule import Schedule, simulate
 _PASSES = 700_000
 """Work limit of the search, in passes simulated: about half a second."""
 
-_DISPLACED = 6
+_DISPLACED = 8
 
 _ROW = 24
 """Borders that a step of the search moves together at most."""
+
+_RECENT = 96
+"""Paths that a step of the search looks at, the last ones."""
 
 _QUICK_PASSES = 250_000
 _STEP = 8192
@@ -181,13 +184,13 @@ class _Search:
     def _bound(self, best: Array) -> tuple[float, Borders]:
         """A lower bound for all cuts, and the mean of the cuts that answered it, rounded."""
         passes = 2 * self.stages * self.schedule.micro_batches
-        rounds = max(6, min(_ROUNDS, 150_000 // (3 * passes)))
+        rounds = max(6, min(_ROUNDS, 300_000 // (3 * passes)))
         game = _Game(self.schedule.ranks)
         game.grow(len(self.paths), 0.0)
         bound, mean, borders = 0.0, best.copy(), np.zeros(self.stages + 1)
         for turn in range(1, rounds * _ANSWERS + 1):
             weight, answer = self._lightest(*self.paths.mixture(game.mixture()))
-            bound = max(bound, weight * 1.3)
+            bound = max(bound, weight)
             durations = self.problem.durations(answer)
             game.learn(self.paths.lengths(durations))
             step = 2 / (turn + 1)
@@ -243,8 +246,8 @@ class _Paths:
         return np.asarray(rows[:, :-1] @ durations + rows[:, -1])
 
     def longest(self, durations: Array, since: int = 0) -> Array:
-        """For each of many cuts (cuts, 2 · stages) the longest path among those added after the first `since`."""
-        rows = self._rows[since : len(self)]
+        """For each of many cuts (cuts, 2 · stages) the longest path among those added last, after the first `since`."""
+        rows = self._rows[max(since, len(self) - _RECENT) : len(self)]
         lengths = durations @ rows[:, :-1].T + rows[:, -1]
         return np.asarray(lengths.max(axis=-1, initial=0.0))
 

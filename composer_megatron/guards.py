@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -198,29 +199,28 @@ def check_layout(
     for name, size in {"tensor-model": tensor, "pipeline-model": pipeline, "context": context}.items():
         if size < 1:
             raise UsageError(f"--{name}-parallel-size {size}; expected at least 1")
-    ranks = tensor * pipeline * context
-    if world_size % ranks:
-        sizes = f"tensor {tensor} x pipeline {pipeline} x context {context} = {ranks} ranks"
-        processes = "1 process" if world_size == 1 else f"{world_size} processes"
-        raise UsageError(f"{sizes} do not divide {processes}; start a multiple of {ranks}, or change the sizes")
-    replicas, micro_batch = world_size // ranks, given.get("micro_batch_size", 1)
-    batch = given.get("global_batch_size", micro_batch * replicas)
-    _check_batch(batch, micro_batch, replicas)
     by_hand = given.get("hybrid_layer_pattern")
-    layout = Layout(
+    one_replica = Layout(
         tensor_parallel=tensor,
         pipeline_parallel=pipeline,
         virtual_stages=_virtual_stages(by_hand, pipeline, virtual_stages) if by_hand else virtual_stages,
         context_parallel=context,
-        data_parallel=replicas,
-        micro_batch_size=micro_batch,
-        micro_batches=batch // (micro_batch * replicas),
+        micro_batch_size=given.get("micro_batch_size", 1),
         seq_len=seq_len,
         sequence_parallel=bool(given.get("sequence_parallel")),
         distributed_optimizer=bool(given.get("use_distributed_optimizer")),
     )
-    (Layout(tensor_parallel=tensor) if by_hand else layout).check(architecture)  # stages cut by hand may be empty
-    return layout
+    # Stages cut by hand may be empty.
+    (Layout(tensor_parallel=tensor) if by_hand else one_replica).check(architecture)
+    if world_size % one_replica.ranks:
+        sizes = f"tensor {tensor} x pipeline {pipeline} x context {context} = {one_replica.ranks} ranks"
+        processes = "1 process" if world_size == 1 else f"{world_size} processes"
+        advice = f"start a multiple of {one_replica.ranks}, or change the sizes"
+        raise UsageError(f"{sizes} do not divide {processes}; {advice}")
+    replicas, micro_batch = world_size // one_replica.ranks, one_replica.micro_batch_size
+    batch = given.get("global_batch_size", micro_batch * replicas)
+    _check_batch(batch, micro_batch, replicas)
+    return replace(one_replica, data_parallel=replicas, micro_batches=batch // (micro_batch * replicas))
 
 
 def _virtual_stages(pattern: str, ranks: int, wanted: int) -> int:

@@ -123,12 +123,21 @@ def held_up(schedule: Schedule, rank: int, previous: Operation, following: Opera
 
 
 class _Node(NamedTuple):
-    """A pass in the graph: whose time it takes, after what; -1 is nothing."""
+    """A pass in the graph: whose time it takes, and the passes that it waits for, or -1.
+
+    Attributes:
+        duration: Index among the stages' times.
+        before: The pass before it on its rank.
+        holds: Transfers that hold up the rank after that one.
+        sender: The pass that its tensor comes from.
+        travels: Transfers of that tensor: one, or none.
+    """
 
     duration: int
     before: int
+    holds: int
     sender: int
-    exchanges: int
+    travels: int
 
 
 def simulate(schedule: Schedule, durations: Sequence[int], transfer: int = 0) -> Simulation:
@@ -140,21 +149,17 @@ def simulate(schedule: Schedule, durations: Sequence[int], transfer: int = 0) ->
         transfer: Time of one tensor from a rank to the next.
     """
     nodes = _graph(schedule)
-    ends: list[int] = []
-    came: list[int] = []
-    for duration, before, sender, exchanges in nodes:
-        start, origin = 0, -1
-        if before >= 0:
-            start, origin = ends[before] + exchanges * transfer, before
-        if sender >= 0 and ends[sender] + transfer > start:
-            start, origin = ends[sender] + transfer, sender
-        ends.append(start + durations[duration])
-        came.append(origin)
-    node = max(range(len(ends)), key=ends.__getitem__)
-    time, visits = ends[node], [0] * (2 * schedule.stages)
-    while node >= 0:
-        visits[nodes[node].duration] += 1
-        node = came[node]
+    ends = [0] * (len(nodes) + 1)  # the last one is what -1 stands for: nothing, which ends at once
+    for index, (duration, before, holds, sender, travels) in enumerate(nodes):
+        free, arrived = ends[before] + holds * transfer, ends[sender] + travels * transfer
+        ends[index] = (free if free >= arrived else arrived) + durations[duration]
+    index = max(range(len(nodes)), key=ends.__getitem__)
+    time, visits = ends[index], [0] * (2 * schedule.stages)
+    while index >= 0:
+        duration, before, holds, sender, travels = nodes[index]
+        visits[duration] += 1
+        free, arrived = ends[before] + holds * transfer, ends[sender] + travels * transfer
+        index = before if free >= arrived else sender
     computing = sum(count * duration for count, duration in zip(visits, durations, strict=True))
     return Simulation(time, visits, time - computing)
 
@@ -177,9 +182,9 @@ def _graph(schedule: Schedule) -> tuple[_Node, ...]:
                 if received and key not in done:
                     break
                 previous = order[position[rank] - 1] if position[rank] else None
-                exchanges = 0 if previous is None else held_up(schedule, rank, previous, operation)
+                holds = 0 if previous is None else held_up(schedule, rank, previous, operation)
                 sender = done[key] if received else -1
-                nodes.append(_Node(2 * stage + operation.backward, last[rank], sender, exchanges))
+                nodes.append(_Node(2 * stage + operation.backward, last[rank], holds, sender, int(received)))
                 done[operation.backward, stage, operation.micro_batch] = last[rank] = len(nodes) - 1
                 position[rank] += 1
     return tuple(nodes)

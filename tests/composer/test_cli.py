@@ -179,17 +179,33 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 def test_train_dry_run_starts_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    asked: list[int | None] = []  # test_train.py has what is checked there
+    monkeypatch.setattr(
+        "composer_megatron.train.megatron_command_line", lambda options, processes: asked.append(processes)
+    )
     monkeypatch.setattr("composer_megatron.text.folder.load_text_folder", lambda path: None)
     architecture = tmp_path / "architecture.json"
     run(capsys, "extrapolate", "2A4M", "--shape", "tiny", "--output", str(architecture))
     folders = ["--architecture", str(architecture), "--text", str(tmp_path), "--run-dir", str(tmp_path / "run")]
     done = run(
-        capsys, "train", *folders, "--processes", "2", "--pp", "2", "--dry-run", "--", "--log-throughput", "--a", "b c"
+        capsys,
+        "train",
+        *folders,
+        "--processes",
+        "2",
+        "--pp",
+        "2",
+        "--dry-run",
+        "--",
+        "--log-throughput",
+        "--wandb-exp-name",
+        "b c",
     )
     assert done.status == 0, done.err
+    assert asked == [2]
     command = done.out.splitlines()[-1]
     assert "-m torch.distributed.run --standalone --nproc-per-node 2 -m composer_megatron.train" in command
-    assert command.endswith("--log-throughput --a 'b c'")
+    assert command.endswith("--log-throughput --wandb-exp-name 'b c'")
     assert "balance" in done.out
     assert not (tmp_path / "run").exists()
 
