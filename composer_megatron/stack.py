@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import WrappedTensor, deprecate_inference_params, log_single_rank, make_viewless_tensor
 from torch import Tensor, nn
 
+from composer_megatron.guards import check_schedule
 from composer_megatron.layers.block import CompositeLayer, Inputs, Stream
 from composer_megatron.layers.norm import RMSNorm
 
@@ -67,6 +68,7 @@ class CompositeStack(HybridStack):
             post_layer_norm: Whether the last stage ends with the final norm.
             kwargs: As for `HybridStack`.
         """
+        check_schedule(config)
         super().__init__(config, submodules, *args, post_layer_norm=False, **kwargs)
         self.post_layer_norm = post_layer_norm
         if self.post_process and post_layer_norm:
