@@ -21,10 +21,10 @@ import numpy as np
 from composer_megatron.cut import Array, Borders, Cut, CutProblem, borders_of, equal_counts, no_room
 from composer_megatron.schedule import Schedule, simulate
 
-_PASSES = 700_000
+_PASSES = 1_000_000
 """Work limit of the search, in passes simulated: about half a second."""
 
-_DISPLACED = 8
+_DISPLACED = 6
 
 _ROW = 24
 """Borders that a step of the search moves together at most."""
@@ -184,7 +184,7 @@ class _Search:
     def _bound(self, best: Array) -> tuple[float, Borders]:
         """A lower bound for all cuts, and the mean of the cuts that answered it, rounded."""
         passes = 2 * self.stages * self.schedule.micro_batches
-        rounds = max(6, min(_ROUNDS, 300_000 // (3 * passes)))
+        rounds = max(6, min(_ROUNDS, 200_000 // (3 * passes)))
         game = _Game(self.schedule.ranks)
         game.grow(len(self.paths), 0.0)
         bound, mean, borders = 0.0, best.copy(), np.zeros(self.stages + 1)

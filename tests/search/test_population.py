@@ -182,6 +182,24 @@ def test_rows_leave_when_they_are_solved_or_stuck_and_the_others_go_on():
     assert len({result.steps for result in results}) > 2
 
 
+def test_where_steps_are_recorded_rows_that_are_over_ride_along_unchanged(monkeypatch):
+    """Under what stands for CUDA graphs, and with half of the rows over before the others are recorded anew."""
+    captured = []
+
+    def capture(function):
+        captured.append(function)
+        return function
+
+    monkeypatch.setattr(train_module, "recorder", lambda device: capture)
+    monkeypatch.setattr(train_module, "REGROUP_SHARE", 0.5)
+    rows = [row("AM", 2e-2), *(row("AA", 5e-3 / (1 + i)) for i in range(4)), *(row("MM", seed=i) for i in range(4))]
+    chosen = with_(steps=120, patience=5, solved=0.9, cosine=False, batch_size=8)
+    results = train_population(rows, chosen)
+    assert results == [alone(one, chosen) for one in rows]
+    ends = sorted({result.steps for result in results})
+    assert 1 < len(captured) < len(ends)  # recorded anew for some departures, but not for each
+
+
 def test_the_same_call_gives_the_same_bits_and_leaves_the_global_state_alone():
     rows = [row("AMA", seed=seed, data=data) for seed in (0, 1) for data in TASKS]
     torch.manual_seed(5)

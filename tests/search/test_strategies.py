@@ -340,7 +340,7 @@ def test_the_number_of_quasi_random_trials_has_a_default(length, budget, initial
         (SearchSettings(primitives="AQ"), 0, "unknown 'Q'"),
         (SearchSettings(budget=0), 0, "budget=0"),
         (SearchSettings(), -1, "workers=-1"),
-        (SearchSettings(evaluator="huge"), 0, "preset 'huge'"),
+        (SearchSettings(evaluator="huge"), 0, "unknown evaluator 'huge'"),
         (SearchSettings(overrides={"stepz": 1}), 0, "'stepz'"),
         (SearchSettings(proposer="exhaustive", length=8), 0, "too small for an exhaustive search"),
         (SearchSettings(batch=0), 0, "batch=0"),

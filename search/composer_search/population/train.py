@@ -13,7 +13,7 @@ from composer_megatron.errors import ComposerError
 from composer_search.population.feed import Row
 from composer_search.population.plan import chunks, free_bytes, row_bytes, rows_at_once
 from composer_search.population.population import Population
-from composer_search.population.replay import cuda_graph
+from composer_search.population.replay import Capture, cuda_graph
 from composer_search.trainer import TrainResult, TrainSettings, choose_device, matmul_precision
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,11 @@ def train_population(
             trainer = _Trainer(settings, device, prune, fuse, rows_at_once([rows[i] for i in places], settings, device))
             results |= trainer.train(rows, places)
     return [results[place] for place in range(len(rows))]
+
+
+def recorder(device: torch.device) -> Capture | None:
+    """What records training steps on that device; None where calling them is as quick."""
+    return cuda_graph if device.type == "cuda" else None
 
 
 def _out_of_memory(error: BaseException | None) -> str:
@@ -114,10 +119,8 @@ class _Trainer:
 
     def _together(self, rows: Sequence[Row], places: Sequence[int]) -> dict[int, TrainResult]:
         spans = [[places[i] for i in span] for span in chunks(len(places), self.at_once)]
-        capture = cuda_graph if self.device.type == "cuda" else None
-        populations = [
-            Population([rows[i] for i in span], self.settings, self.device, capture, self.fuse) for span in spans
-        ]
+        options = self.settings, self.device, recorder(self.device), self.fuse
+        populations = [Population([rows[i] for i in span], *options) for span in spans]
         step = 0
         while any(population.living for population in populations):
             step = self._next_look(step)
@@ -140,8 +143,8 @@ class _Trainer:
         """Train a chunk up to `step` and judge it; the accuracies of its living rows, by place."""
         if not population.living:
             return {}
-        recorded = self.device.type == "cuda"
-        if population.riding >= (REGROUP_SHARE if recorded else 0) * (population.riding + len(population.living)):
+        waits_for = REGROUP_SHARE if recorder(self.device) else 0
+        if population.riding >= waits_for * (population.riding + len(population.living)):
             population.regroup()
         population.advance(step)
         judged = population.look()
