@@ -83,7 +83,7 @@ def check_checkpoints(folder: Path, architecture: Architecture) -> None:
     for iteration in reversed(complete_iterations(folder)):
         try:
             tensors = load_tensors_metadata(str(folder / f"iter_{iteration:07d}"))
-        except Exception:
+        except Exception:  # a torn index raises anything, and a run passes over such a checkpoint
             continue
         shapes = {name: tuple(tensor.global_shape) for name, tensor in tensors.items()}
         problem = _difference(saved_blocks(shapes), architecture.sequence.letters) or _wrong_matrix(

@@ -122,7 +122,8 @@ def megatron_command_line(options: Options, processes: int | None = None) -> lis
         _check_run_dir(options.run_dir, architecture, text)
     world_size = int(os.environ["WORLD_SIZE"]) if processes is None else processes
     ours = _flags(architecture, text, options, given, world_size)
-    if "spec" not in given and not arguments.contradictions(ours, given):
+    model = arguments.architecture_flags(architecture, _pattern(architecture, None))
+    if "spec" not in given and not arguments.contradictions(model, given):
         folders = (given.get(name, ours.get(f"--{name}")) for name in ("load", "save"))
         for folder in dict.fromkeys(folder for folder in folders if folder is not None):
             guards.check_checkpoints(Path(folder), architecture)

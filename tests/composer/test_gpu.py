@@ -1,5 +1,6 @@
 """What only a GPU can show: models live there whole, agree with the CPU, decode there; two GPUs agree with one."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -86,15 +87,67 @@ def test_two_gpus_give_the_losses_of_one(layout: tuple[str, ...], tmp_path: Path
     assert len(alone) == 5
 
 
-def losses(folder: Path, name: str, processes: str, layout: tuple[str, ...]) -> list[float]:
-    architecture, text = folder / "architecture.json", folder / "text"
-    ARCHITECTURE.save(architecture)
+TWO_GPUS = ("TP2", "TP2+SP", "PP2", "PP2@uneven", "PP2xVPP2", "PP2xVPP2@uneven", "CP2", "DP2", "DP2+DO")
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [
+        ("local", "float64", 1e-6),  # Megatron's loss over a split vocabulary is fp32 whatever the logits are
+        ("composer", "float32", 1e-3),  # kernels sum in fp32, in another order where a rank holds other widths
+    ],
+)
+def test_every_gradient_through_nccl(backend: str, dtype: str, tolerance: float, tmp_path: Path) -> None:
+    """Sequences that break symmetry, against one process: `tests/composer/test_equality.py` on two GPUs."""
+    tool, results = Path(__file__).parents[2] / "tools/compare_layouts.py", tmp_path / "results.json"
+    sequences = [part for sequence in ("1A", "7M", "2A5M2A3M1A3M") for part in ("--sequence", sequence)]
+    layouts = [part for layout in TWO_GPUS for part in ("--layout", layout)]
+    how = ["--backend", backend, "--dtype", dtype, "--tolerance", str(tolerance), "--json", str(results)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tool.parents[1]), str(tool.parents[1] / "kernels")))}
+    subprocess.run([sys.executable, str(tool), *sequences, *layouts, *how], env=environment, check=False)
+    found = json.loads(results.read_text())
+    assert len(found) == 3 * len(TWO_GPUS)
+    for result in found:
+        assert max(result["gradient"], result["loss"]) <= tolerance, result
+        assert result["checkpoint"], result
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize("shape", ["1b", "3b"])
+def test_wide_models_in_bf16_have_one_loss_in_every_layout(shape: str, tmp_path: Path) -> None:
+    """Six blocks of the real widths, five steps; the vocabulary is the text's, so that it fits beside Adam's state."""
+    widths = dataclasses.replace(PRESETS[shape], vocab_size=4096)
+    architecture = Architecture(CompositeSequence.parse("1A2M1A2M"), widths)
+    alone = losses(tmp_path, "one", "1", (), architecture=architecture, flags=())
+    for name, layout in {"tp": ("--tp", "2"), "pp": ("--pp", "2"), "dp": ()}.items():
+        together = losses(tmp_path, name, "2", layout, architecture=architecture, flags=())
+        # A bf16 value has 8 bits; the mean over some thousand tokens has less noise than one of them.
+        assert together == pytest.approx(alone, rel=2**-8)
+    context = ("--context-parallel-size", "2")
+    together = losses(tmp_path, "cp", "2", (), architecture=architecture, flags=context)
+    assert together == pytest.approx(alone, rel=2**-8)
+
+
+def losses(
+    folder: Path,
+    name: str,
+    processes: str,
+    layout: tuple[str, ...],
+    *,
+    architecture: Architecture = ARCHITECTURE,
+    flags: tuple[str, ...] = ("--fp32",),
+) -> list[float]:
+    file, text = folder / "architecture.json", folder / "text"
+    architecture.save(file)
     tools = Path(__file__).parents[2] / "tools" / "preprocess_text.py"
     words = ["--output", str(text), "--vocab-size", "4096", "--max-bytes", "500000"]
     subprocess.run([sys.executable, str(tools), *words], check=True)
     numbers = ["--steps", "5", "--seq-len", "64", "--micro-batch-size", "2", "--global-batch-size", "8"]
-    places = ["--architecture", str(architecture), "--text", str(text), "--run-dir", str(folder / name)]
+    places = ["--architecture", str(file), "--text", str(text), "--run-dir", str(folder / name)]
     program = [sys.executable, "-m", "composer_megatron", "train", *places, *numbers, "--processes", processes]
-    subprocess.run([*program, *layout, "--", "--fp32"], check=True)
+    subprocess.run([*program, *layout, "--", *flags], check=True)
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     return [line["value"] for line in lines if line["name"] == "lm loss"]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import warnings
 
 import pytest
@@ -16,6 +17,7 @@ from composer_megatron.architecture import Architecture
 from composer_megatron.arguments import given_flags, parse_options
 from composer_megatron.errors import FileError, UsageError
 from composer_megatron.files import read_json_lines
+from composer_megatron.launch import Launch
 from composer_megatron.metrics import MetricsLog, tee
 from composer_megatron.pipeline import cut_sequence
 from composer_megatron.sequence import CompositeSequence
@@ -211,6 +213,24 @@ def fails(capsys, *argv: str, status: int = 2) -> str:
 )
 def test_wrong_requests(folder, capsys, given, message):
     assert message in fails(capsys, *ours(folder, "--seq-length", "64"), *given)
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--trainiters", "5"), "did you mean --train-iters?"),
+        (("--context-parallel-size", "2"), "= 4 ranks do not divide 2 processes"),
+        (("--num-layers", "5"), "--num-layers does not go with an architecture file"),
+    ],
+)
+def test_a_dry_run_checks_every_flag(folder, extra, message):
+    numbers = {"processes": 2, "tensor_parallel": 2, "pipeline_parallel": 1, "steps": 5, "micro_batch_size": 2}
+    numbers |= {"global_batch_size": 4, "seq_len": 64, "learning_rate": 1e-3}
+    places = {"architecture": folder / "architecture.json", "text": folder / "text", "run_dir": folder / "run"}
+    Launch(**places, **numbers, extra=("--log-throughput",)).check()
+    with pytest.raises(UsageError, match=re.escape(message)):
+        Launch(**places, **numbers, extra=extra).check()
     assert not (folder / "run").exists()
 
 

@@ -252,7 +252,8 @@ def read_plan(path: Path) -> dict[str, Any]:
         at = f"{where}, stage {number}"
         if not isinstance(stage, dict):
             raise FileError(f"{at}: expected a JSON object, found {type(stage).__name__}")
-        letters += _sequence(stage.get("blocks"), at).letters
+        if stage.get("blocks") != "":  # a stage may hold the output layer alone
+            letters += _sequence(stage.get("blocks"), at).letters
         for key in ("flops_per_token", "params_per_rank", "state_bytes", "activation_bytes"):
             _field(stage, key, int, at)
     if letters != sequence.letters:

@@ -229,19 +229,21 @@ def plan(contents: Contents) -> Markup | Missing:
     values = contents.plan
     if values is None:
         return Missing("no plan was given")
-    stages, letters = values["stages"], [CompositeSequence.parse(stage["blocks"]) for stage in values["stages"]]
+    stages = values["stages"]  # one of which may hold the output layer alone
+    blocks = [CompositeSequence.parse(stage["blocks"]) if stage["blocks"] else None for stage in stages]
+    letters = ["" if each is None else each.letters for each in blocks]
     cuts = [sum(len(each) for each in letters[:number]) for number in range(1, len(letters))]
-    sequence = CompositeSequence("".join(each.letters for each in letters))
+    sequence = CompositeSequence("".join(letters))
     columns = [Column("Stage", numeric=True), Column("Blocks"), Column("Training FLOPs per token", numeric=True)]
     columns += [Column("Parameters per rank", numeric=True), Column("State, bytes", numeric=True)]
     columns += [Column("Activations, bytes", numeric=True)]
     rows = [
         [
             integer(number),
-            sequence_text(blocks.notation),
+            "none" if each is None else sequence_text(each.notation),
             *(integer(stage[key]) for key in ("flops_per_token", "params_per_rank", "state_bytes", "activation_bytes")),
         ]
-        for number, (stage, blocks) in enumerate(zip(stages, letters, strict=True), start=1)
+        for number, (stage, each) in enumerate(zip(stages, blocks, strict=True), start=1)
     ]
     caption = f"{sequence.notation} in {len(stages)} stage{'s' * (len(stages) > 1)}. Computed, not measured"
     caption += "; the last stage bears the output layer."
