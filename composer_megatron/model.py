@@ -127,7 +127,8 @@ def build_model(
         ``labels=`` the loss of each token (batch, sequence); the mask may be None.
 
     Raises:
-        UsageError: If the pattern's blocks are not the architecture's, or the tensor-parallel size does not fit.
+        UsageError: If the pattern's blocks are not the architecture's, the tensor-parallel size does not fit, or
+            TransformerEngine is to build on the meta device.
         ComposerError: If the backend needs a package that is missing.
     """
     initialize_single_process()
@@ -137,6 +138,11 @@ def build_model(
             f"pattern {pattern!r} is not {architecture.sequence}; expected {whole!r} with {STAGE_SEPARATOR!r}"
         )
     players = get_backend(backend, parts)
+    if meta and players.quantises():
+        raise UsageError(
+            f"backend {players.name} cannot build on the meta device, which TransformerEngine's projections do not "
+            "support; backend local has the same parameters"
+        )
     shape = architecture.shape
     with torch.device("meta") if meta else nullcontext():
         model = CompositeModel(

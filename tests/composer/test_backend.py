@@ -1,5 +1,6 @@
 """Backends play the parts; which one plays them changes neither parameters nor numbers."""
 
+import dataclasses
 import importlib.util
 import sys
 from types import SimpleNamespace
@@ -87,6 +88,14 @@ def test_every_backend_builds_the_same_parameters(name):
     found = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
     wanted = build_model(architecture, max_sequence_length=16, backend="local", meta=True)
     assert found == {name: tuple(parameter.shape) for name, parameter in wanted.named_parameters()}
+
+
+def test_transformer_engine_on_the_meta_device_gets_a_message(monkeypatch):
+    local = get_backend("local")
+    row = dataclasses.replace(local, name="te", linear=backends.Part("TransformerEngine", local.linear.use))
+    monkeypatch.setattr(backends, "BACKENDS", BACKENDS | {"te": lambda: row})
+    with pytest.raises(UsageError, match="te cannot build on the meta device.*backend local has the same parameters"):
+        model("A", backend="te", meta=True)
 
 
 def test_the_linear_loss_never_makes_logits(monkeypatch):

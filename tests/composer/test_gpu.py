@@ -76,6 +76,31 @@ def test_throughput_measurement_runs() -> None:
     assert device_name() != "cpu"
 
 
+@pytest.mark.parametrize("backend", ["composer", "te"])
+def test_backends_have_the_losses_and_gradients_of_local(backend: str) -> None:
+    """In bf16, fresh weights of equal numbers: the same model whoever plays the parts."""
+    if backend == "te":
+        pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed")
+    from composer_megatron.model import build_model
+
+    architecture = dataclasses.replace(ARCHITECTURE, shape=dataclasses.replace(ARCHITECTURE.shape, head_dim=64))
+    tokens = torch.randint(0, architecture.shape.vocab_size, (2, 128), device="cuda")
+    positions = torch.arange(128, device="cuda").expand(2, -1)
+    found = {}
+    for name in ("local", backend):
+        model = build_model(architecture, max_sequence_length=128, dtype=torch.bfloat16, backend=name)
+        loss = model(tokens, positions, None, labels=tokens.roll(-1, 1)).float().mean()
+        loss.backward()
+        gradients = {key: weight.grad.float().cpu() for key, weight in model.named_parameters()}
+        found[name] = float(loss), gradients
+    wanted, got = found["local"], found[backend]
+    assert got[0] == pytest.approx(wanted[0], rel=2**-8)
+    assert list(got[1]) == list(wanted[1])
+    for key, gradient in wanted[1].items():
+        # Seven blocks, each with a handful of bf16 roundings of 2^-9: an error of some per cent in norm.
+        assert (got[1][key] - gradient).norm() <= 0.05 * gradient.norm(), key
+
+
 @pytest.mark.multigpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 @pytest.mark.parametrize("layout", [("--pp", "2"), ("--tp", "2"), ()], ids=["PP2", "TP2+SP", "DP2"])
