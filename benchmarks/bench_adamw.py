@@ -12,20 +12,8 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from timing import (
-    Call,
-    Row,
-    ceilings,
-    contend,
-    host_seconds,
-    own_stream,
-    parser,
-    plot,
-    relative_error,
-    show,
-    tune,
-    write,
-)
+from session import session
+from timing import Call, Row, contend, host_seconds, relative_error, tune
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
@@ -219,23 +207,12 @@ def tune_all(name: str, shapes: Shapes, limits: tuple[float, float]) -> list[Row
 
 def main() -> None:
     """Run from the command line."""
-    options = parser("Time AdamW and the norm of gradients beside their peers.").parse_args()
-    rows: list[Row] = []
-    host: dict[str, dict[str, float]] = {}
-    with own_stream():
-        limits = ceilings()
-        for name, shapes in (QUICK if options.quick or options.tune else CASES).items():
-            if options.tune:
-                rows += tune_all(name, shapes, (limits.copy, limits.read))
-            else:
-                rows += compare(name, shapes, (limits.copy, limits.read))
-        if not options.tune:
-            host = host_times()
-    show(rows, limits)
-    for who, times in host.items():
-        print(f"host us a step of 300 tensors, {who:14} " + ", ".join(f"{what} {us:.0f}" for what, us in times.items()))
-    write(options.output, "adamw", rows, limits, {"host_us": host})
-    plot(options.plot, "adamw", rows)
+    with session("adamw", __doc__) as run:
+        limits = run.limits.copy, run.limits.read
+        for name, shapes in (QUICK if run.options.quick or run.options.tune else CASES).items():
+            run.add(tune_all(name, shapes, limits) if run.options.tune else compare(name, shapes, limits))
+        if not run.options.tune:
+            run.add_host_times(host_times())
 
 
 if __name__ == "__main__":

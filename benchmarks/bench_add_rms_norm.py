@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from bench_rms_norm import BF16, EPS, QUICK, SHAPES, TUNED, tune_norm
-from contest import Contest, Inputs, Operation, compare, host_times, show_host_times
-from timing import Row, ceilings, own_stream, parser, plot, show, write
+from contest import Contest, Inputs, Operation, compare, host_times
+from session import session
 from torch import Tensor
 
 from composer_kernels.add_rms_norm import add_rms_norm
@@ -80,24 +80,16 @@ def _in_torch(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tens
 
 def main() -> None:
     """Run from the command line."""
-    options = parser("Time add_rms_norm beside its peers.").parse_args()
-    rows: list[Row] = []
-    host: dict[str, dict[str, float]] = {}
-    with own_stream():
-        limits = ceilings()
+    with session("add_rms_norm", __doc__) as run:
         for stream in STREAMS:
-            if options.tune:
-                for count, width in QUICK if options.quick else TUNED:
-                    rows += tune_norm(count, width, limits.copy, stream)
+            if run.options.tune:
+                for count, width in QUICK if run.options.quick else TUNED:
+                    run.add(tune_norm(count, width, run.limits.copy, stream))
             else:
-                for count, width in QUICK[:2] if options.quick else SHAPES:
-                    rows += compare(contest(count, width, stream), contenders(), limits.copy)
-        if not options.tune:
-            host = host_times(contest(16, 4096, BF16), contenders())
-    show(rows, limits)
-    show_host_times(host)
-    write(options.output, "add_rms_norm", rows, limits, {"host_us": host})
-    plot(options.plot, "add_rms_norm", rows)
+                for count, width in QUICK[:2] if run.options.quick else SHAPES:
+                    run.add(compare(contest(count, width, stream), contenders(), run.limits.copy))
+        if not run.options.tune:
+            run.add_host_times(host_times(contest(16, 4096, BF16), contenders()))
 
 
 if __name__ == "__main__":

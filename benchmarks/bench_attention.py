@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contest import Contest, Inputs, Operation, backward_call, forward_call, host_times, show_host_times
-from timing import Call, Row, ceilings, contend, own_stream, parser, plot, relative_error, set_count, show, tune, write
+from contest import Contest, Inputs, Operation, backward_call, forward_call, host_times
+from session import session
+from timing import Call, Row, contend, relative_error, set_count, tune
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -278,23 +279,15 @@ def host_contest(shape: Shape) -> Contest:
 
 def main() -> None:
     """Run from the command line."""
-    options = parser(__doc__.splitlines()[0]).parse_args()
-    rows: list[Row] = []
-    host: dict[str, dict[str, float]] = {}
-    with own_stream():
-        limits = ceilings(gemm=True)
-        limit = limits.gemm or 0.0
+    with session("attention", __doc__, gemm=True) as run:
+        options, limit = run.options, run.limits.gemm or 0.0
         shapes = TUNED[: 2 if options.quick else None] if options.tune else QUICK if options.quick else SHAPES
         for shape in shapes:
-            rows += tune_attention(shape, limit) if options.tune else compare(shape, limit)
+            run.add(tune_attention(shape, limit) if options.tune else compare(shape, limit))
             torch.cuda.empty_cache()
         if not options.tune:
             tiny = Shape(1, 128, 4, 2, 64)
-            host = host_times(host_contest(tiny), contenders(tiny))
-    show(rows, limits)
-    show_host_times(host)
-    write(options.output, "attention", rows, limits, {"host_us": host})
-    plot(options.plot, "attention", rows)
+            run.add_host_times(host_times(host_contest(tiny), contenders(tiny)))
 
 
 if __name__ == "__main__":

@@ -17,22 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timing import (
-    Call,
-    Ceilings,
-    Row,
-    ceilings,
-    contend,
-    host_seconds,
-    measure,
-    own_stream,
-    parser,
-    plot,
-    relative_error,
-    set_count,
-    show,
-    write,
-)
+from session import session
+from timing import Call, Ceilings, Row, contend, host_seconds, measure, relative_error, set_count
 from torch import Tensor
 
 from composer_kernels import _cross_entropy as kernels
@@ -49,6 +35,7 @@ SHAPES = [
     (4096, 262144, BF16),
     (4096, 128256, FP32),
 ]
+TUNED = [SHAPES[0], *SHAPES[2:]]
 Gradient = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -182,8 +169,8 @@ def _error(gradient: Gradient, width: int, dtype: torch.dtype) -> float:
     return relative_error(ours / ours.norm(), exact / exact.norm())
 
 
-def host_times() -> dict[str, float]:
-    """Microseconds of our forward and backward on 16 rows of 1024."""
+def host_times() -> dict[str, dict[str, float]]:
+    """The host's microseconds for our forward and backward on 16 rows of 1024."""
     times = {}
     for name, options in {"mean": {}, "none": {"reduction": "none"}, "mean inplace": {"inplace": True}}.items():
         inputs = Inputs.draw(16, 1024, BF16)
@@ -192,7 +179,14 @@ def host_times() -> dict[str, float]:
             return torch.autograd.grad(cross_entropy(x, y, **options).sum(), x)[0]
 
         times[name] = host_seconds(step) * 1e6
-    return times
+    return {"composer": times}
+
+
+def launches(kernel: str) -> Iterator[Launch]:
+    """Launches worth timing."""
+    if kernel == "one pass":
+        return itertools.starmap(Launch, itertools.product((8, 16, 32), (1, 2, 4), ("", "evict_last")))
+    return itertools.starmap(Launch, itertools.product((4, 8, 16), (1, 2, 4, 8)))
 
 
 def tune(rows: int, width: int, dtype: torch.dtype, limits: Ceilings) -> Iterator[Row]:
@@ -218,16 +212,14 @@ def tune(rows: int, width: int, dtype: torch.dtype, limits: Ceilings) -> Iterato
     def both(i: int, launch: Launch) -> Any:
         return kernels.loss_and_gradient_into(logits[i], logits[i], target, scale, terms, launch)
 
-    few = [Launch(warps, vectors) for warps, vectors in itertools.product((4, 8, 16), (1, 2, 4, 8))]
-    many = [Launch(*each) for each in itertools.product((8, 16, 32), (1, 2, 4), ("", "evict_last"))]
-    cases: list[tuple[str, int, float, Callable[[int, Launch], Any], list[Launch], Launch]] = [
-        ("statistics", 1, limits.read, statistics, few, defaults[0]),
-        ("gradient", 2, limits.copy, gradient, few, defaults[1]),
-        ("one pass", 2, limits.copy, both, many, defaults[2]),
+    cases: list[tuple[str, int, float, Callable[[int, Launch], Any], Launch]] = [
+        ("statistics", 1, limits.read, statistics, defaults[0]),
+        ("gradient", 2, limits.copy, gradient, defaults[1]),
+        ("one pass", 2, limits.copy, both, defaults[2]),
     ]
-    for name, passes, limit, call, launches, default in cases:
+    for name, passes, limit, call, default in cases:
         timed = []
-        for launch in dict.fromkeys([default, *launches]):
+        for launch in dict.fromkeys([default, *launches(name)]):
             row = Row(f"{name} {shape}", "default" if launch == default else "", passes * rows * width * size)
             row.note = str(launch)
             try:
@@ -248,25 +240,16 @@ def _best(rows: list[Row]) -> list[Row]:
 
 def main() -> None:
     """Run from the command line."""
-    options = parser(__doc__.splitlines()[0]).parse_args()
-    host: dict[str, float] = {}
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder, own_stream():
+    with tempfile.TemporaryDirectory() as folder, session("cross_entropy", __doc__) as run:
         dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        limits = ceilings()
-        if options.tune:
-            for shape in [*QUICK, (8192, 50257, BF16)] if options.quick else [SHAPES[i] for i in (0, 2, 3, 4, 5)]:
-                rows += tune(*shape, limits)
+        if run.options.tune:
+            for shape in TUNED[: 2 if run.options.quick else None]:
+                run.add(_best(list(tune(*shape, run.limits))))
         else:
-            for place, shape in enumerate(QUICK if options.quick else SHAPES):
-                rows += compare(*shape, limits, everyone=place == 0)
-            host = host_times()
+            for place, shape in enumerate(QUICK if run.options.quick else SHAPES):
+                run.add(compare(*shape, run.limits, everyone=place == 0))
+            run.add_host_times(host_times())
         dist.destroy_process_group()
-    show(_best(rows) if options.tune else rows, limits)
-    for name, microseconds in host.items():
-        print(f"host us, forward and backward of 16 x 1024, {name}: {microseconds:.1f}")
-    write(options.output, "cross_entropy", rows, limits, {"host_us": host})
-    plot(options.plot, "cross_entropy", rows)
 
 
 if __name__ == "__main__":

@@ -15,21 +15,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timing import (
-    Call,
-    Row,
-    ceilings,
-    contend,
-    host_seconds,
-    own_stream,
-    parser,
-    plot,
-    relative_error,
-    set_count,
-    show,
-    tune,
-    write,
-)
+from session import session
+from timing import Call, Row, contend, host_seconds, relative_error, set_count, tune
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -229,33 +216,25 @@ def tune_decode(shape: Shape, limit: float) -> list[Row]:
     return tune(f"attend {shape}", shape.bytes, limit, call, _default(shape), launches(shape), near)
 
 
-def host_times() -> dict[str, float]:
-    """Microseconds of the host for a call on a tiny cache."""
+def host_times() -> dict[str, dict[str, float]]:
+    """The host's microseconds for a call on a tiny cache."""
     x = Inputs.draw(Shape(1, 256, dim=64))
     calls = {
         "attend": partial(decode_attention, x.q, x.k, x.v, x.lengths),
         "step": partial(steps()["composer fused"], x),
     }
-    return {name: host_seconds(call) * 1e6 for name, call in calls.items()}
+    return {"composer": {name: host_seconds(call) * 1e6 for name, call in calls.items()}}
 
 
 def main() -> None:
     """Run from the command line."""
-    options = parser(__doc__.splitlines()[0]).parse_args()
-    rows: list[Row] = []
-    host: dict[str, float] = {}
-    with own_stream(), torch.no_grad():
-        limits = ceilings()
-        for shape in QUICK if options.quick or options.tune else SHAPES:
-            rows += tune_decode(shape, limits.read) if options.tune else compare(shape, limits.read)
+    with torch.no_grad(), session("decode_attention", __doc__) as run:
+        for shape in QUICK if run.options.quick or run.options.tune else SHAPES:
+            limit = run.limits.read
+            run.add(tune_decode(shape, limit) if run.options.tune else compare(shape, limit))
             torch.cuda.empty_cache()
-        if not options.tune:
-            host = host_times()
-    show(rows, limits)
-    for name, microseconds in host.items():
-        print(f"host us, {name}: {microseconds:.1f}")
-    write(options.output, "decode_attention", rows, limits, {"host_us": host})
-    plot(options.plot, "decode_attention", rows)
+        if not run.options.tune:
+            run.add_host_times(host_times())
 
 
 if __name__ == "__main__":

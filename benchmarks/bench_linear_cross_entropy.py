@@ -13,20 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import (
-    Call,
-    Ceilings,
-    Row,
-    ceilings,
-    contend,
-    measure,
-    own_stream,
-    parser,
-    plot,
-    relative_error,
-    show,
-    write,
-)
+from session import session
+from timing import Call, Ceilings, Row, contend, measure, relative_error
 from torch import Tensor
 
 from composer_kernels.linear_cross_entropy import default_chunk_rows, linear_cross_entropy
@@ -220,19 +208,13 @@ def _timed(case: str, name: str, work: float, call: Call, limit: float) -> Row:
 
 def main() -> None:
     """Run from the command line."""
-    options = parser(__doc__.splitlines()[0]).parse_args()
-    rows: list[Row] = []
-    with own_stream():
-        limits = ceilings(gemm=True)
-        if options.tune:
-            for shape in [QUICK[1]] if options.quick else [QUICK[1], SHAPES[2], SHAPES[3]]:
-                rows += tune(*shape, limits)
+    with session("linear_cross_entropy", __doc__, gemm=True) as run:
+        if run.options.tune:
+            for shape in [QUICK[1]] if run.options.quick else [QUICK[1], SHAPES[2], SHAPES[3]]:
+                run.add(tune(*shape, run.limits))
         else:
-            for place, shape in enumerate(QUICK if options.quick else SHAPES):
-                rows += compare(*shape, limits, everyone=place == 0)
-    show(rows, limits)
-    write(options.output, "linear_cross_entropy", rows, limits, {})
-    plot(options.plot, "linear_cross_entropy", rows)
+            for place, shape in enumerate(QUICK if run.options.quick else SHAPES):
+                run.add(compare(*shape, run.limits, everyone=place == 0))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from contest import Contest, Inputs, Operation, compare, host_times, show_host_times
-from timing import Row, ceilings, own_stream, parser, plot, set_count, show, tune, write
+from contest import Contest, Inputs, Operation, compare, host_times
+from session import session
+from timing import Row, set_count, tune
 from torch import Tensor
 
 from composer_kernels import _norm
@@ -154,22 +155,14 @@ def tune_norm(rows: int, width: int, limit: float, stream: torch.dtype | None = 
 
 def main() -> None:
     """Run from the command line."""
-    options = parser("Time rms_norm beside its peers.").parse_args()
-    rows: list[Row] = []
-    host: dict[str, dict[str, float]] = {}
-    with own_stream():
-        limits = ceilings()
-        if options.tune:
-            for count, width in QUICK if options.quick else TUNED:
-                rows += tune_norm(count, width, limits.copy)
-        else:
-            for count, width in QUICK if options.quick else SHAPES:
-                rows += compare(contest(count, width), contenders(width), limits.copy)
-            host = host_times(contest(16, 4096), contenders(4096))
-    show(rows, limits)
-    show_host_times(host)
-    write(options.output, "rms_norm", rows, limits, {"host_us": host})
-    plot(options.plot, "rms_norm", rows)
+    with session("rms_norm", __doc__) as run:
+        if run.options.tune:
+            for count, width in QUICK if run.options.quick else TUNED:
+                run.add(tune_norm(count, width, run.limits.copy))
+            return
+        for count, width in QUICK if run.options.quick else SHAPES:
+            run.add(compare(contest(count, width), contenders(width), run.limits.copy))
+        run.add_host_times(host_times(contest(16, 4096), contenders(4096)))
 
 
 if __name__ == "__main__":

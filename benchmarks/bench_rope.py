@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from contest import Contest, Inputs, Operation, compare, host_times, show_host_times
-from timing import Row, ceilings, own_stream, parser, plot, set_count, show, tune, write
+from contest import Contest, Inputs, Operation, compare, host_times
+from session import session
+from timing import Row, set_count, tune
 from torch import Tensor
 
 from composer_kernels import _rope, rope
@@ -310,31 +311,23 @@ def tune_rope(shape: Shape, limit: float) -> list[Row]:
 
 def main() -> None:
     """Run from the command line."""
-    options = parser("Time rotary embedding beside its peers.").parse_args()
-    rows: list[Row] = []
-    host: dict[str, dict[str, float]] = {}
-    with own_stream():
-        limits = ceilings()
-        for shape in QUICK if options.quick or options.tune else SHAPES:
-            if options.tune:
-                rows += tune_rope(shape, limits.copy)
-                continue
-            rows += compare(packed_contest(shape), packed_contenders(shape), limits.copy)
-            rows += compare(apart_contest(shape), apart_contenders(shape), limits.copy)
+    with session("rope", __doc__) as run:
+        if run.options.tune:
+            for shape in QUICK:
+                run.add(tune_rope(shape, run.limits.copy))
+            return
+        for shape in QUICK if run.options.quick else SHAPES:
+            run.add(compare(packed_contest(shape), packed_contenders(shape), run.limits.copy))
+            run.add(compare(apart_contest(shape), apart_contenders(shape), run.limits.copy))
             if shape.batch == 1:
                 steps = torch.linspace(0, 1, 17, device="cuda").square() * shape.length
                 boundaries = steps.to(torch.int32)
                 contenders = sequences_contenders(shape, boundaries)
-                rows += compare(sequences_contest(shape, boundaries), contenders, limits.copy)
-        if not options.tune:
-            tiny = Shape(16, 1, 32, 8, 64)
-            host = host_times(packed_contest(tiny), packed_contenders(tiny))
-            apart = host_times(apart_contest(tiny), apart_contenders(tiny))
-            host |= {f"{name}, q and k": times for name, times in apart.items()}
-    show(rows, limits)
-    show_host_times(host)
-    write(options.output, "rope", rows, limits, {"host_us": host})
-    plot(options.plot, "rope", rows)
+                run.add(compare(sequences_contest(shape, boundaries), contenders, run.limits.copy))
+        tiny = Shape(16, 1, 32, 8, 64)
+        run.add_host_times(host_times(packed_contest(tiny), packed_contenders(tiny)))
+        apart = host_times(apart_contest(tiny), apart_contenders(tiny))
+        run.add_host_times({f"{name}, q and k": times for name, times in apart.items()})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Time the population trainer beside one candidate at a time: ``python benchmarks/bench_search.py --output out.json``.
 
-Four parts, each printed as a table and written as JSON:
+Three parts, any of which `--only` chooses; each line is printed and all figures so far are written as JSON as soon as
+they are there, so that a time limit loses nothing:
 
 - speed: candidate-steps a second of the population and of `composer_search.trainer.train`, one candidate after the
-  other in eager PyTorch, at the same precision;
-- memory: what a row takes and what the plan expected;
-- work: the FLOPs of the six-block oracle and of the 16-block study, counted;
-- hours: what both would take, from the steps and evaluations of each of MAD's six baseline tasks, timed here.
+  other in eager PyTorch, at the same precision; and what memory the rows take and the plan expected;
+- oracle: the FLOPs of all six-block sequences, counted, and the hours that they would take, from the steps and
+  evaluations of each of MAD's six baseline tasks, timed here;
+- study: the same of 300 trials of the 16-block space.
 
 Data are random tokens: times do not depend on what is learnt. On a GPU the clock is the wall's and the device is waited
 for; on a CPU it is the process's own time on one thread, so that neighbours on the machine do not count.
@@ -170,7 +171,7 @@ class Contender:
 ALONE = Contender("one at a time, eager", population=False)
 EAGER = Contender("population, eager")
 GRAPH = Contender("population, CUDA graph", graph=True)
-FUSED = Contender("population, CUDA graph, compiled", graph=True, fuse=True)
+FUSED = Contender("population, CUDA graph, fused", graph=True, fuse=True)
 
 
 def measure(case: Case, contender: Contender, precision: str, device: torch.device, judged: int = 64) -> Speed:
@@ -181,7 +182,7 @@ def measure(case: Case, contender: Contender, precision: str, device: torch.devi
             if contender.population:
                 return _population(case, contender, blank, device, judged)
             return _alone(case, blank, device)
-    except RuntimeError as error:  # a contender that fails must not end the others
+    except Exception as error:  # a contender that fails, be it in a compiler, must not end the others
         return dataclasses.replace(blank, note=f"{type(error).__name__}: {str(error).splitlines()[0]}"[:160])
     finally:
         gc.collect()
@@ -200,7 +201,7 @@ def _alone(case: Case, blank: Speed, device: torch.device) -> Speed:
         return now() - start
 
     seconds(3)
-    steps = int(min(60, max(2, 1.0 / (seconds(2) / 2))))
+    steps = int(min(30, max(2, 1.0 / (seconds(2) / 2))))
     rounds = [(seconds(3 * steps) - seconds(steps)) / (2 * steps * len(sequences)) for _ in range(3)]
     return _with_rounds(blank, rounds)
 
@@ -238,14 +239,23 @@ def _with_rounds(blank: Speed, rounds: Sequence[float]) -> Speed:
     return dataclasses.replace(blank, step=middle, spread=(max(rounds) - min(rounds)) / middle)
 
 
-def speed_cases(device: torch.device, quick: bool) -> list[Case]:
-    """MAD's widths and batch at two lengths on a GPU; models and batches that a search on a CPU would use there."""
-    if device.type == "cuda":
-        lengths = [("S=32", 256, 32), ("S=128", 16, 128)]
-        return [Case(name, vocab, length, 128, Widths(), blocks=6, rows=192) for name, vocab, length in lengths]
-    small = Widths(hidden_size=32, num_heads=4, ffn_hidden_size=96)
-    batches = (4,) if quick else (4, 8, 16)
-    return [Case(f"{32 * batch} tokens", 16, 32, batch, small, blocks=6, rows=64) for batch in batches]
+def speed_runs(device: torch.device, quick: bool, rows: Sequence[int]) -> Iterator[tuple[Case, Contender, str]]:
+    """Cases, who competes in them and in which precision, what matters most first.
+
+    On a GPU MAD's widths and batch at two lengths, with `rows` rows at once; on a CPU models and batches that a search
+    would use there.
+    """
+    if device.type != "cuda":
+        small = Widths(hidden_size=32, num_heads=4, ffn_hidden_size=96)
+        cases = [Case(f"{32 * batch} tokens", 16, 32, batch, small, 6, 64) for batch in ((4,) if quick else (4, 8, 16))]
+        yield from ((case, who, "float32") for case in cases for who in (ALONE, EAGER))
+        return
+    cases = [Case(f"S={length}", vocab, length, 128, Widths(), 6, rows[0]) for vocab, length in ((256, 32), (16, 128))]
+    for precision in ("bfloat16",) if quick else ("bfloat16", "tf32", "float32"):
+        yield from ((case, who, precision) for case in cases for who in (ALONE, FUSED))
+        fewer = [dataclasses.replace(case, rows=number) for case in cases for number in rows[1:]]
+        yield from ((case, FUSED, precision) for case in fewer)
+        yield from ((case, who, precision) for case in cases for who in ((GRAPH,) if quick else (GRAPH, EAGER)))
 
 
 def task_case(setting: Setting, blocks: int, rows: int) -> Case:
@@ -271,8 +281,10 @@ class Study:
         return self.candidates * self.seeds
 
 
-ORACLE = Study("64 six-block sequences, 3 seeds, 50 epochs", 6, 64, SEEDS, 64 * SEEDS)
-STUDY = Study("300 trials of 16 blocks, 1 seed, 50 epochs", 16, TRIALS, 1, BATCH_OF_TRIALS)
+STUDIES = {
+    "oracle": Study("64 six-block sequences, 3 seeds, 50 epochs", 6, 64, SEEDS, 64 * SEEDS),
+    "study": Study("300 trials of 16 blocks, 1 seed, 50 epochs", 16, TRIALS, 1, BATCH_OF_TRIALS),
+}
 
 
 def training_steps(setting: Setting) -> int:
@@ -293,89 +305,109 @@ def work(study: Study) -> dict[str, float]:
     return totals
 
 
-def predict(study: Study, contender: Contender, precision: str, device: torch.device) -> dict[str, Any]:
-    """Hours of a study: for each task, steps and evaluations as timed here, times how often they occur."""
-    tasks: dict[str, dict[str, Any]] = {}
+def predict(study: Study, contender: Contender, precision: str, device: torch.device) -> Iterator[dict[str, Any]]:
+    """What each task adds to a study: its steps and evaluations as timed here, times how often they occur."""
     for setting in baseline():
         speed = measure(task_case(setting, study.blocks, study.together), contender, precision, device, setting.n_test)
         steps = training_steps(setting)
         turns = study.trainings / speed.rows
         seconds = turns * (steps * speed.step + -(-steps // EVALUATE_EVERY) * speed.look)
-        tasks[setting.task] = {"steps": steps, "hours": seconds / 3600, **dataclasses.asdict(speed)}
-    hours = sum(task["hours"] for task in tasks.values())
-    flops = sum(work(study).values())
-    return {"study": study.name, "hours": hours, "flops_per_second": flops / hours / 3600, "tasks": tasks}
+        yield {"steps": steps, "hours": seconds / 3600, **dataclasses.asdict(speed)}
 
 
-def show_speeds(speeds: Sequence[Speed]) -> None:
-    """Print candidate-steps a second, and how often those of one at a time."""
+HEAD = f"{'case':20} {'precision':9} {'contender':30} {'rows':>5} {'ms/cand-step':>12} {'/s':>9} {'x':>6} {'GiB':>14}"
+
+
+def line(speed: Speed, base: Speed | None) -> str:
+    """Candidate-steps a second, how often those of `base`, and the memory taken and planned."""
+    who = f"{speed.case:20} {speed.precision:9} {speed.contender:30}"
+    if speed.note:
+        return f"{who} {speed.note}"
+    gain = base.candidate_step / speed.candidate_step if base else float("nan")
+    sizes = "/".join("-" if size is None else f"{size / 2**30:.2f}" for size in (speed.peak, speed.planned))
+    each = speed.candidate_step
+    return f"{who} {speed.rows:5} {each * 1e3:12.3f} {1 / each:9.1f} {gain:6.2f} {sizes:>14}"
+
+
+class Record:
+    """All figures so far: printed and written as they come.
+
+    Args:
+        output: A JSON file, or none.
+    """
+
+    def __init__(self, output: Path | None) -> None:
+        self._output = output
+        self.speeds: list[Speed] = []
+        self.figures: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "environment": environment()}
+        print(HEAD, flush=True)
+
+    def add(self, speed: Speed) -> None:
+        """Take note of one contender's speed."""
+        key = speed.case, speed.precision, ALONE.name
+        base = next((each for each in self.speeds if (each.case, each.precision, each.contender) == key), None)
+        self.speeds.append(speed)
+        print(line(speed, base), flush=True)
+        self.write(speeds=[dataclasses.asdict(each) for each in self.speeds])
+
+    def write(self, **figures: Any) -> None:
+        """Add figures and write all there are."""
+        self.figures |= figures
+        if self._output is not None:
+            write_json(self._output, _without_nan(self.figures))
+
+    def fastest(self, default: tuple[Contender, str]) -> tuple[Contender, str]:
+        """The contender and precision that did best in the longest case, or `default` where none ran."""
+        ran = [each for each in self.speeds if not each.note and each.contender != ALONE.name]
+        ran = [each for each in ran if each.case == ran[-1].case]
+        if not ran:
+            return default
+        best = min(ran, key=lambda each: each.candidate_step)
+        return next(each for each in (EAGER, GRAPH, FUSED) if each.name == best.contender), best.precision
+
+
+def run_study(name: str, who: tuple[Contender, str], device: torch.device, record: Record) -> None:
+    """Count a study's FLOPs, and time its tasks one by one."""
+    study, flops = STUDIES[name], work(STUDIES[name])
     print(
-        f"{'case':12} {'precision':9} {'contender':34} {'rows':>5} {'ms/cand-step':>12} {'/s':>9} {'x':>6} {'GiB':>14}"
+        f"{study.name}: {flops['weights']:.2e} FLOPs with weights + {flops['attention']:.2e} of attention", flush=True
     )
-    for speed in speeds:
-        if speed.note:
-            print(f"{speed.case:12} {speed.precision:9} {speed.contender:34} {speed.note}")
-            continue
-        base = next((each for each in speeds if _is_base(each, speed)), None)
-        gain = base.candidate_step / speed.candidate_step if base else float("nan")
-        sizes = "/".join("-" if size is None else f"{size / 2**30:.2f}" for size in (speed.peak, speed.planned))
-        each = speed.candidate_step
-        print(
-            f"{speed.case:12} {speed.precision:9} {speed.contender:34} {speed.rows:5} {each * 1e3:12.3f} "
-            f"{1 / each:9.1f} {gain:6.2f} {sizes:>14}"
-        )
-
-
-def _is_base(each: Speed, speed: Speed) -> bool:
-    return (each.case, each.precision, each.contender) == (speed.case, speed.precision, ALONE.name)
-
-
-def plans(device: torch.device, quick: bool) -> Iterator[tuple[Contender, str]]:
-    """Who competes, and in which precision."""
-    if device.type != "cuda":
-        yield from ((ALONE, "float32"), (EAGER, "float32"))
-        return
-    for precision in ("bfloat16",) if quick else ("bfloat16", "tf32", "float32"):
-        contenders = (ALONE, GRAPH) if quick else (ALONE, EAGER, GRAPH, FUSED)
-        yield from ((contender, precision) for contender in contenders)
-
-
-def fastest(speeds: Sequence[Speed]) -> tuple[Contender, str]:
-    """The contender and precision that did best in the last case."""
-    ran = [each for each in speeds if each.case == speeds[-1].case and not each.note and each.contender != ALONE.name]
-    best = min(ran, key=lambda each: each.candidate_step)
-    return next(each for each in (EAGER, GRAPH, FUSED) if each.name == best.contender), best.precision
+    tasks: list[dict[str, Any]] = []
+    for task in predict(study, *who, device):
+        tasks.append(task)
+        label = task["note"] or f"{task['step'] / task['rows'] * 1e3:.3f} ms a candidate-step"
+        print(f"  {task['case']:24} {task['hours']:8.3f} h {task['rows']:5} rows, {label}", flush=True)
+        record.write(**{name: {"study": study.name, "contender": who[0].name, "flops": flops, "tasks": tasks}})
+    hours = sum(task["hours"] for task in tasks)
+    rate = sum(flops.values()) / hours / 3600
+    record.write(**{name: record.figures[name] | {"hours": hours, "flops_per_second": rate}})
+    print(f"{study.name}: {hours:.2f} h ({who[0].name}, {who[1]}, {rate / 1e12:.3g} TFLOP/s)", flush=True)
 
 
 def main() -> None:
     """Run from the command line."""
     options = argparse.ArgumentParser(description="Time the population trainer beside one candidate at a time.")
     options.add_argument("--quick", action="store_true", help="few cases, and on a CPU no prediction")
+    options.add_argument("--only", nargs="+", choices=("speed", *STUDIES), help="parts to run; all without it")
+    options.add_argument(
+        "--rows", nargs="+", type=int, default=[192, 24], help="rows at once on a GPU, the first first"
+    )
     options.add_argument("--device", default="auto", help="cpu, cuda, or auto for a GPU where there is one")
     options.add_argument("--output", type=Path, help="write all figures there as JSON")
     chosen = options.parse_args()
     device = choose_device(chosen.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    cases = speed_cases(device, chosen.quick)
-    speeds = [measure(case, *who, device) for case in cases for who in plans(device, chosen.quick)]
-    show_speeds(speeds)
-    studies = (ORACLE, STUDY)
-    flops = {study.name: work(study) for study in studies}
-    for name, parts in flops.items():
-        print(f"{name}: {parts['weights']:.2e} FLOPs with weights + {parts['attention']:.2e} of attention")
-    predictions: list[dict[str, Any]] = []
-    if device.type == "cuda" or not chosen.quick:
-        who = fastest(speeds)
-        for study in studies if device.type == "cuda" else (ORACLE,):
-            predictions.append({"contender": who[0].name, "precision": who[1]} | predict(study, *who, device))
-            found = predictions[-1]
-            rate = found["flops_per_second"] / 1e12
-            print(f"{study.name}: {found['hours']:.2f} h ({who[0].name}, {who[1]}, {rate:.3g} TFLOP/s)")
-    if chosen.output is not None:
-        measured = {"speeds": [dataclasses.asdict(speed) for speed in speeds], "flops": flops, "studies": predictions}
-        figures = {"date": time.strftime("%Y-%m-%d"), **measured, "environment": environment()}
-        write_json(chosen.output, _without_nan(figures))
+    record = Record(chosen.output)
+    short = ("speed",) if chosen.quick else ("speed", "oracle")
+    parts = chosen.only or (("speed", *STUDIES) if device.type == "cuda" else short)
+    if "speed" in parts:
+        for run in speed_runs(device, chosen.quick, chosen.rows):
+            record.add(measure(*run, device))
+    who = record.fastest((FUSED, "bfloat16") if device.type == "cuda" else (EAGER, "float32"))
+    for name in STUDIES:
+        if name in parts:
+            run_study(name, who, device, record)
 
 
 def _without_nan(value: Any) -> Any:

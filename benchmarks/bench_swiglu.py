@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contest import Contest, Inputs, Operation, compare, host_times, show_host_times
-from timing import Row, ceilings, own_stream, parser, plot, set_count, show, tune, write
+from contest import Contest, Inputs, Operation, compare, host_times
+from session import session
+from timing import Row, set_count, tune
 from torch import Tensor
 
 ours = importlib.import_module("composer_kernels.swiglu")  # the package's attribute of that name is the function
@@ -118,22 +119,14 @@ def tune_swiglu(rows: int, width: int, limit: float) -> list[Row]:
 
 def main() -> None:
     """Run from the command line."""
-    options = parser("Time swiglu beside its peers.").parse_args()
-    rows: list[Row] = []
-    host: dict[str, dict[str, float]] = {}
-    with own_stream():
-        limits = ceilings()
-        for count, width in QUICK if options.quick or options.tune else SHAPES:
-            if options.tune:
-                rows += tune_swiglu(count, width, limits.copy)
-            else:
-                rows += compare(contest(count, width), contenders(), limits.copy)
-        if not options.tune:
-            host = host_times(contest(16, 4096), contenders())
-    show(rows, limits)
-    show_host_times(host)
-    write(options.output, "swiglu", rows, limits, {"host_us": host})
-    plot(options.plot, "swiglu", rows)
+    with session("swiglu", __doc__) as run:
+        if run.options.tune:
+            for count, width in QUICK:
+                run.add(tune_swiglu(count, width, run.limits.copy))
+            return
+        for count, width in QUICK if run.options.quick else SHAPES:
+            run.add(compare(contest(count, width), contenders(), run.limits.copy))
+        run.add_host_times(host_times(contest(16, 4096), contenders()))
 
 
 if __name__ == "__main__":

@@ -12,20 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from timing import (
-    Call,
-    Row,
-    ceilings,
-    contend,
-    host_seconds,
-    own_stream,
-    parser,
-    plot,
-    relative_error,
-    set_count,
-    show,
-    write,
-)
+from session import session
+from timing import Call, Row, contend, host_seconds, relative_error, set_count
 from torch import Tensor
 
 from composer_kernels.wgrad_accumulate import wgrad_accumulate, wgrad_gemm_accum_fp32
@@ -137,21 +125,13 @@ def host_times() -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Run from the command line."""
-    options = parser("Time wgrad_accumulate beside its peers.").parse_args()
-    if options.tune:
-        print("wgrad_accumulate has nothing to tune: cuBLAS chooses its kernel")
-        return
-    rows: list[Row] = []
-    with own_stream():
-        limits = ceilings(gemm=True)
-        for shape in QUICK if options.quick else SHAPES:
-            rows += compare(shape, limits.gemm or 0.0)
-        host = host_times()
-    show(rows, limits)
-    for name, times in host.items():
-        print(f"host us a call, {name:26} {times['call']:.1f}")
-    write(options.output, "wgrad_accumulate", rows, limits, {"host_us": host})
-    plot(options.plot, "wgrad_accumulate", rows)
+    with session("wgrad_accumulate", __doc__, gemm=True) as run:
+        if run.options.tune:
+            print("wgrad_accumulate has nothing to tune: cuBLAS chooses its kernel")
+            return
+        for shape in QUICK if run.options.quick else SHAPES:
+            run.add(compare(shape, run.limits.gemm or 0.0))
+        run.add_host_times(host_times())
 
 
 if __name__ == "__main__":

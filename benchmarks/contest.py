@@ -92,12 +92,6 @@ def host_times(contest: Contest, contenders: dict[str, Callable[[], Operation]])
     return times
 
 
-def show_host_times(times: dict[str, dict[str, float]]) -> None:
-    """Print them."""
-    for name, by_direction in times.items():
-        print(f"host us a call, {name:20} " + ", ".join(f"{what} {us:.1f}" for what, us in by_direction.items()))
-
-
 def forward_call(operation: Operation, inputs: Inputs) -> Call:
     """The forward pass, as in training."""
     return lambda: operation(*inputs.leaves)

@@ -1,27 +1,21 @@
 """Timing operations on a GPU: cold caches, CUDA graph and eager, against ceilings measured in the same process.
 
 Used by the scripts ``bench_<op>.py`` beside it. Each describes its cases and contenders; this module times them one
-after another, prints a table and writes JSON.
+after another, and ``session.py`` prints and writes what it finds.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from composer_megatron.env import environment
 
 Call = Callable[[], object]
 
@@ -275,78 +269,3 @@ def tune[L](
 def _settings(launch: object) -> str:
     """A launch without the name of its class, to keep the table narrow."""
     return str(launch).partition("(")[2].rstrip(")")
-
-
-def parser(description: str) -> argparse.ArgumentParser:
-    """The options that all benchmark scripts have."""
-    options = argparse.ArgumentParser(description=description)
-    options.add_argument("--quick", action="store_true", help="few shapes")
-    options.add_argument("--tune", action="store_true", help="time launch configurations instead of contenders")
-    options.add_argument("--output", type=Path, help="write all figures there as JSON")
-    options.add_argument("--plot", type=Path, help="write a chart of the fractions there (needs matplotlib)")
-    return options
-
-
-def show(rows: Sequence[Row], limits: Ceilings) -> None:
-    """Print the ceilings and a table."""
-    gemm = f", GEMM {limits.gemm / 1e12:.0f} TFLOP/s" if limits.gemm else ""
-    print(f"ceilings: copy {limits.copy / 1e12:.3f} TB/s, read {limits.read / 1e12:.3f} TB/s{gemm}")
-    print(f"{'case':42} {'contender':18} {'graph us':>9} {'eager us':>9} {'of limit':>8} {'peak MB':>8} {'error':>8}")
-    for row in rows:
-        cells = (
-            _cell(row.graph, 1e6, "9.1f"),
-            _cell(row.eager, 1e6, "9.1f"),
-            _cell(row.fraction, 1, "8.3f"),
-            _cell(row.peak, 1e-6, "8.1f"),
-            _cell(row.error, 1, "8.1e"),
-        )
-        print(f"{row.case:42} {row.name:18} {' '.join(cells)} {row.note}")
-
-
-def _cell(value: float | None, scale: float, form: str) -> str:
-    width = int(form.partition(".")[0])
-    return "-".rjust(width) if value is None else format(value * scale, form)
-
-
-def write(path: Path | None, op: str, rows: Sequence[Row], limits: Ceilings, extra: dict[str, Any]) -> None:
-    """Write everything as JSON, with the environment it was measured in."""
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    measured = {
-        "op": op,
-        "date": time.strftime("%Y-%m-%d"),
-        "gpu": torch.cuda.get_device_name(),
-        "ceilings": asdict(limits),
-        "rows": [asdict(row) for row in rows],
-        **extra,
-        "environment": environment(),
-    }
-    path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-
-
-def plot(path: Path | None, op: str, rows: Sequence[Row]) -> None:
-    """Draw the fractions of the ceiling as bars, grouped by case; says so where matplotlib is missing."""
-    if path is None:
-        return
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-        return
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    drawn = [row for row in rows if row.fraction is not None]
-    figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.22 * len(drawn)))
-    colors = {name: f"C{index % 10}" for index, name in enumerate(dict.fromkeys(row.name for row in drawn))}
-    labels = [f"{row.case}  {row.name}" for row in drawn]
-    axes.barh(range(len(drawn)), [row.fraction or 0 for row in drawn], color=[colors[row.name] for row in drawn])
-    axes.set_yticks(range(len(drawn)), labels, fontsize=7)
-    axes.invert_yaxis()
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("fraction of the measured ceiling")
-    axes.set_title(f"{op} on {torch.cuda.get_device_name()}")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)

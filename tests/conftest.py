@@ -1,0 +1,100 @@
+"""The benchmark scripts without a GPU: tiny shapes on the CPU, clocks that return a constant."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+CLOCK = 1e-3
+"""Seconds that everything takes."""
+
+SHAPES: dict[str, Any] = {
+    "rms_norm": [(8, 48)],
+    "add_rms_norm": [(8, 48)],
+    "swiglu": [(8, 64)],
+    "cross_entropy": [(6, 64, "bfloat16"), (6, 50, "bfloat16")],
+    "linear_cross_entropy": [(32, 16, 64), (32, 16, 48)],
+    "adamw": {"two": [(16, 8), (16,)]},
+}
+"""Shapes for scripts whose shapes are plain tuples."""
+
+NUMBERS = {
+    "rope": (16, 1, 4, 2, 8),
+    "attention": (2, 32, 4, 2, 16),
+    "decode_attention": (2, 64, 2, 2, 16, 16),
+    "wgrad_accumulate": (32, 16, 8),
+}
+"""Arguments of `Shape` for the others."""
+
+RunScript = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def kernel_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[RunScript]:
+    """Runs ``benchmarks/bench_<op>.py`` with a GPU of cardboard: ``(op, *flags, change=)`` gives the JSON it writes.
+
+    `change` gets the script's module before it runs.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class OnCpu(TorchFunctionMode):
+        """What is asked for on "cuda" is made on the CPU."""
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = dict(kwargs or {})
+            if kwargs.get("device") == "cuda":
+                kwargs["device"] = "cpu"
+            return func(*args, **kwargs)
+
+    for name, value in {
+        "get_device_properties": SimpleNamespace(
+            L2_cache_size=1, multi_processor_count=2, major=9, minor=0, shared_memory_per_block_optin=232448
+        ),
+        "get_device_capability": (9, 0),
+        "get_device_name": "no GPU",
+        "current_device": 0,
+        "empty_cache": None,
+        "synchronize": None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    timing = importlib.import_module("timing")  # the others take these functions from there
+    monkeypatch.setattr(timing, "own_stream", nullcontext)
+    monkeypatch.setattr(timing, "ceilings", lambda gemm: timing.Ceilings(1e12, 1e12, 1e12 if gemm else None))
+    monkeypatch.setattr(timing, "measure", lambda calls, **_: _run_each(calls))
+    monkeypatch.setattr(timing, "host_seconds", lambda call: _run_each([call]))
+    monkeypatch.setattr(timing, "peak_bytes", lambda call: 0)
+
+    def run(op: str, *flags: str, change: Callable[[ModuleType], None] = lambda module: None) -> dict[str, Any]:
+        module, output = importlib.import_module(f"bench_{op}"), tmp_path / f"{op}.json"
+        shapes = [module.Shape(*NUMBERS[op])] if op in NUMBERS else SHAPES[op]
+        if op == "cross_entropy":
+            shapes = [(rows, width, getattr(torch, dtype)) for rows, width, dtype in shapes]
+        for name in {"QUICK", "SHAPES", "TUNED", "CASES"} & set(vars(module)):
+            monkeypatch.setattr(module, name, shapes)
+        change(module)
+        monkeypatch.setattr(sys, "argv", [str(module.__file__), "--quick", "--output", str(output), *flags])
+        with OnCpu():
+            module.main()
+        return json.loads(output.read_text())
+
+    yield run
+    for name in ("timing", "session", "contest", *(f"bench_{op}" for op in (*SHAPES, *NUMBERS))):
+        sys.modules.pop(name, None)
+
+
+def _run_each(calls: Iterable[Callable[[], object]]) -> float:
+    for call in calls:
+        call()
+    return CLOCK
