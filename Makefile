@@ -28,7 +28,7 @@ check: setup ## Lint, format and types
 test-gpu: setup ## Tests that need a CUDA GPU
 	@$(PY) -m pytest -m "gpu or multigpu" $(ARGS)
 
-bench: setup ## Measure training throughput on this machine (ARGS="--shape 1b")
+bench: setup ## Measure training throughput on this machine (ARGS="--quick")
 	@.venv/bin/composer-megatron bench training $(ARGS)
 
 docs: setup ## Build the documentation into site/

@@ -89,8 +89,9 @@ class Case:
         """Random tokens: `judged` sequences to validate on."""
         rng = np.random.default_rng(0)
         sizes = (max(256, 2 * self.batch_size), judged, 16)
-        splits = [tuple(rng.integers(self.vocab_size, size=(2, size, self.length))) for size in sizes]
-        return TaskData(self.vocab_size, *splits, autoencoder=self.autoencoder)
+        splits = [rng.integers(self.vocab_size, size=(2, size, self.length)) for size in sizes]
+        train, validation, test = ((inputs, targets) for inputs, targets in splits)
+        return TaskData(self.vocab_size, train, validation, test, self.autoencoder)
 
     def sequences(self, number: int) -> list[CompositeSequence]:
         """`number` sequences of that many blocks, of which half are attention on average."""
@@ -390,7 +391,7 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="few cases, and on a CPU no prediction")
     options.add_argument("--only", nargs="+", choices=("speed", *STUDIES), help="parts to run; all without it")
     options.add_argument(
-        "--rows", nargs="+", type=int, default=[192, 24], help="rows at once on a GPU, the first first"
+        "--rows", nargs="+", type=int, default=[192, 24, 6], help="rows at once on a GPU, the first first"
     )
     options.add_argument("--device", default="auto", help="cpu, cuda, or auto for a GPU where there is one")
     options.add_argument("--output", type=Path, help="write all figures there as JSON")

@@ -42,15 +42,20 @@ class Architecture:
         return self._sum(lambda primitive: primitive.matrix_parameters(self.shape))
 
     @property
+    def active_parameters(self) -> int:
+        """Those of `matrix_parameters` that one token is multiplied with; fewer where there are experts."""
+        return self._sum(lambda primitive: primitive.active_parameters(self.shape))
+
+    @property
     def embedding_parameters(self) -> int:
         """Elements of the embedding, and of the output layer where it is not tied to the embedding."""
         return self.shape.vocab_size * self.shape.hidden_size * (1 if self.shape.tied_embeddings else 2)
 
     @property
     def params_non_embedding(self) -> int:
-        """All parameters but `embedding_parameters`: matrices, the blocks' norms and the final norm."""
-        norms = self._sum(lambda primitive: primitive.norm_parameters(self.shape)) + self.shape.hidden_size
-        return self.matrix_parameters + norms
+        """All parameters but `embedding_parameters`: matrices, the blocks' other weights and the final norm."""
+        vectors = self._sum(lambda primitive: primitive.vector_parameters(self.shape)) + self.shape.hidden_size
+        return self.matrix_parameters + vectors
 
     @property
     def params_total(self) -> int:
@@ -60,18 +65,26 @@ class Architecture:
     def flops_per_token(self, seq_len: int) -> int:
         """Training FLOPs (forward and backward) a token of a causal sequence of `seq_len` tokens.
 
-        6 FLOPs for each weight of a matrix, the output layer included, and three times the forward FLOPs of attention
-        over the mean context of (seq_len + 1) / 2 keys. Norms, activations and softmax are not counted.
+        6 FLOPs for each active weight of a matrix, the output layer included, and three times the forward FLOPs of
+        attention over the mean context of (seq_len + 1) / 2 keys, or of a recurrence and its convolution. Norms,
+        activations and softmax are not counted.
         """
         if seq_len < 1:
             raise UsageError(f"seq_len={seq_len}; expected at least 1")
-        matrices = self.matrix_parameters + self.shape.vocab_size * self.shape.hidden_size
+        matrices = self.active_parameters + self.shape.vocab_size * self.shape.hidden_size
         mixing_twice = self._sum(lambda primitive: primitive.mixing_flops(self.shape, seq_len))
         return 6 * matrices + 3 * mixing_twice // 2
 
     def kv_bytes_per_token(self, bytes_per_element: int = 2) -> int:
-        """Bytes that one token adds to the decoding cache; 2 bytes an element are bf16."""
+        """Bytes that one token adds to the decoding cache; 2 bytes an element are bf16.
+
+        Sliding-window blocks stop growing at their window, and recurrent ones never grow: see `state_bytes`.
+        """
         return bytes_per_element * self._sum(lambda primitive: primitive.cache_elements(self.shape))
+
+    def state_bytes(self, seq_len: int, bytes_per_element: int = 2) -> int:
+        """Bytes of all that decoding keeps of one sequence of `seq_len` tokens: caches, windows, recurrent states."""
+        return bytes_per_element * self._sum(lambda primitive: primitive.state_elements(self.shape, seq_len))
 
     def baseline(self) -> Architecture:
         """The Llama-style model of this shape: attention and MLP in turn, `Shape.baseline_pairs` times."""
@@ -107,9 +120,12 @@ class Architecture:
             "blocks": len(self.sequence),
             "attention": self.sequence.count("A"),
             "mlp": self.sequence.count("M"),
+            "counts": self.sequence.counts,
             "params_non_embedding": self.params_non_embedding,
             "params_total": self.params_total,
+            "active_parameters": self.active_parameters,
             "kv_bytes_per_token": self.kv_bytes_per_token(),
+            "state_bytes": self.state_bytes(seq_len),
             "kv_ratio": ratio(baseline.kv_bytes_per_token(), self.kv_bytes_per_token()),
             "flops_per_token": self.flops_per_token(seq_len),
             "flops_ratio": ratio(baseline.flops_per_token(seq_len), self.flops_per_token(seq_len)),

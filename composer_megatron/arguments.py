@@ -7,6 +7,7 @@ gives wins over ours. Nothing here starts Megatron.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import functools
 import re
@@ -15,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from composer_megatron import runfile
 from composer_megatron.architecture import Architecture
+from composer_megatron.block_config import block_flags
+from composer_megatron.data_flags import add_text_options
 from composer_megatron.errors import UsageError
-from composer_megatron.text.folder import TextInfo
+from composer_megatron.raw import RawOptions
 
 if TYPE_CHECKING:
     from composer_megatron.backend import Backend
@@ -46,24 +50,34 @@ class Options:
 
     Attributes:
         architecture: The architecture file.
-        text: The text folder; None where the data comes by flags of Megatron's.
+        text: Text folders, or files and folders of raw text; none where the data comes by flags of Megatron's.
+        text_weights: The share of the training sequences that each text gives; none for shares by size.
+        raw: How raw text is read.
+        document_masks: Keep attention and loss within documents.
         run_dir: The run folder; None for no checkpoints and no metrics, or where they come by flags of Megatron's.
         fp32: Train in fp32 on a GPU, too.
         virtual_stages: Pipeline stages on each rank.
         backend: Name of the backend; None for that of the machine, or with ``--spec`` for Megatron's own parts.
         parts: Parts that other backends play, and which ones.
         debug: Show tracebacks, and the value of every flag.
+        repeat: The file of the run whose arguments these are; None for a run of its own.
+        argv: All arguments, those of a repeated run in their place.
         megatron: All other arguments, as they are.
     """
 
     architecture: Path
-    text: Path | None
+    text: tuple[Path, ...]
+    text_weights: tuple[float, ...]
+    raw: RawOptions
+    document_masks: bool
     run_dir: Path | None
     fp32: bool
     virtual_stages: int
     backend: str | None
     parts: Mapping[str, str]
     debug: bool
+    repeat: Path | None
+    argv: tuple[str, ...]
     megatron: tuple[str, ...]
 
 
@@ -84,7 +98,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         "--seq-length, --tensor-model-parallel-size, --pipeline-model-parallel-size, --sequence-parallel, --seed.",
     )
     parser.add_argument("--architecture", type=Path, required=True, metavar="FILE", help="an architecture file")
-    parser.add_argument("--text", type=Path, metavar="DIR", help="a text folder: train and validate on it")
+    add_text_options(parser)
     parser.add_argument(
         "--run-dir",
         type=Path,
@@ -112,14 +126,25 @@ def parse_options(argv: Sequence[str]) -> Options:
         action="append",
         default=[],
         metavar="PART=NAME",
-        help="one part by another backend, such as attention=te, or loss=linear for the loss without logits in memory; "
-        "may be given several times",
+        help="one part by another backend, such as attention=te; or loss=linear for the loss without logits in memory, "
+        "rope=qkv for rotary embeddings on query, key and value at once; may be given several times",
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks, and the value of every flag")
+    parser.add_argument(
+        "--repeat",
+        type=Path,
+        metavar="FILE",
+        help="the run.json of a run folder: the same run again, in a --run-dir of its own; further flags win",
+    )
+    argv, repeated = runfile.expand(argv)
     ours, megatron = parser.parse_known_args(argv)
     if ours.virtual_stages < 1:
         raise UsageError(f"--num-virtual-stages-per-pipeline-rank {ours.virtual_stages}; expected at least 1")
-    return Options(**(vars(ours) | {"parts": _parse_parts(ours.parts)}), megatron=tuple(megatron))
+    values = vars(ours)
+    raw = RawOptions(**{field.name: values.pop(f"text_{field.name}") for field in dataclasses.fields(RawOptions)})
+    lists = {"text": tuple(ours.text), "text_weights": tuple(ours.text_weights), "parts": _parse_parts(ours.parts)}
+    origin = {"repeat": repeated, "argv": tuple(argv)}
+    return Options(**(values | lists | origin), raw=raw, megatron=tuple(megatron))
 
 
 def _parse_parts(texts: Sequence[str]) -> dict[str, str]:
@@ -130,27 +155,6 @@ def _parse_parts(texts: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"--backend-part {text!r}; expected PART=NAME, such as attention=te")
         parts[part.replace("-", "_")] = name
     return parts
-
-
-def check_text(text: TextInfo, architecture: Architecture, seq_length: int) -> None:
-    """See that a model of that architecture can be trained on that text, in sequences of that length.
-
-    Raises:
-        UsageError: If the vocabulary is too large or the text too short.
-    """
-    shape = architecture.shape
-    if text.vocab_size > shape.vocab_size:
-        problem = (
-            f"{text.folder} has {text.vocab_size} token ids, shape {shape.name!r} has vocab_size={shape.vocab_size}"
-        )
-        raise UsageError(f"{problem}; tokenize with a smaller vocabulary, or use a shape with a larger one")
-    shortest = min(text.train.tokens, text.valid.tokens)
-    for part, split in {"train": text.train, "valid": text.valid}.items():
-        if split.tokens < seq_length + 1:
-            problem = (
-                f"{text.folder}: {part} has {split.tokens} tokens, fewer than a sequence of {seq_length} and its next"
-            )
-            raise UsageError(f"{problem}; use more text, or --seq-length {max(1, shortest - 1)} or less")
 
 
 def given_flags(argv: Sequence[str]) -> Flags:
@@ -187,8 +191,8 @@ def flag_of(name: str) -> str:
 
 def architecture_flags(architecture: Architecture, pattern: str) -> Flags:
     """The flags that make Megatron build this architecture and no other."""
-    shape = architecture.shape
-    return {
+    shape, own = architecture.shape, block_flags(architecture)
+    flags = {
         "--hybrid-layer-pattern": pattern,
         "--hidden-size": shape.hidden_size,
         "--ffn-hidden-size": shape.ffn_hidden_size,
@@ -206,6 +210,11 @@ def architecture_flags(architecture: Architecture, pattern: str) -> Flags:
         "--rotary-base": shape.rope_theta,
         "--init-method-std": shape.init_std,
     } | ({} if shape.tied_embeddings else {"--untie-embeddings-and-output-weights": None})
+    if "--multi-latent-attention" in own:
+        own["--no-rope-fusion"] = None  # Megatron fuses it for another rotary embedding alone
+        for name in ("--group-query-attention", "--num-query-groups"):
+            del flags[name]
+    return flags | own
 
 
 def machine_flags(*, gpu: bool, fp32: bool) -> Flags:
@@ -258,39 +267,6 @@ def schedule_flags(given: Flags, *, gpu: bool) -> Flags:
     }
 
 
-def data_flags(text: TextInfo | None, given: Flags, architecture: Architecture, run_dir: Path | None) -> Flags:
-    """Where the data lies, and a tokenizer that knows no more than ids.
-
-    Raises:
-        UsageError: If there are no data, or two sources of it.
-    """
-    sources = ("data_path", "data_args_path", "train_data_path", "per_split_data_args_path", "mock_data")
-    source = next((name for name in sources if given.get(name)), None)
-    if (text is None) == (source is None):
-        if source is None:
-            raise UsageError("no data: give --text DIR, or Megatron's --data-path, --train-data-path or --mock-data")
-        raise UsageError(f"--text and --{source.replace('_', '-')}: give one source of data")
-    flags: Flags = {"--tokenizer-type": "NullTokenizer", "--vocab-size": architecture.shape.vocab_size}
-    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
-        _check_blend(name, given.get(name) or ())
-    if text is None:
-        return flags
-    return flags | {
-        "--null-tokenizer-eod-id": text.end_of_text,
-        "--train-data-path": text.train_prefix,
-        "--valid-data-path": text.valid_prefix,
-        "--data-cache-path": (run_dir or text.folder) / "cache",
-    }
-
-
-def _check_blend(name: str, blend: Sequence[str]) -> None:
-    """See that there is an indexed data set behind every prefix; a blend has prefixes, perhaps with weights between."""
-    for prefix in blend:
-        if not prefix.replace(".", "").isdecimal() and not Path(f"{prefix}.idx").is_file():
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag}: there is no {prefix}.idx; expected the path of an indexed data set without .idx")
-
-
 def run_dir_flags(run_dir: Path, iterations: int) -> Flags:
     """Where checkpoints and TensorBoard files go; a checkpoint found there is loaded.
 
@@ -336,4 +312,10 @@ def command_line(ours: Flags, given: Flags, argv: Iterable[str]) -> list[str]:
 
 def _tokens(flags: Flags) -> list[str]:
     # Joined by "=", since a pattern that starts with MLP blocks ("--**") would read as a flag of its own.
-    return [flag if value is None else f"{flag}={value}" for flag, value in flags.items()]
+    return [token for flag, value in flags.items() for token in _tokens_of(flag, value)]
+
+
+def _tokens_of(flag: str, value: Any) -> list[str]:
+    if isinstance(value, tuple):
+        return [flag, *map(str, value)]
+    return [flag if value is None else f"{flag}={value}"]

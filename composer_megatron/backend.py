@@ -48,10 +48,12 @@ class Fusion(NamedTuple):
     Attributes:
         on: Whether the configuration is to say so.
         install: Puts our function where Megatron looks, for the whole process; does nothing the second time.
+        joined: Whether the rotary embedding takes queries, keys and values as the projection left them, in one tensor.
     """
 
     on: bool
     install: Callable[[], None] = _nothing
+    joined: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Backend:
         loss: What `composer_megatron.model.CompositeModel` computes the loss with.
         optimizer: Which Adam `composer_megatron.optimizer.prepare_optimizer` is to take.
         gradient_accumulation: What adds a weight's gradient to Megatron's buffer within its matrix multiplication.
+        recurrence: Whether packages with kernels compute Mamba-2 and Gated DeltaNet on a GPU; PyTorch does elsewhere.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Backend:
     loss: Part[Loss]
     optimizer: Part[Optimizer]
     gradient_accumulation: Part[Fusion]
+    recurrence: Part[bool]
 
     def install(self) -> None:
         """Put functions where Megatron-core looks for them; before any configuration is made that asks for them."""
@@ -137,7 +141,12 @@ def _local() -> Backend:
         loss=Part("Megatron", "megatron"),
         optimizer=Part("Megatron's", "megatron"),
         gradient_accumulation=Part("autograd", Fusion(on=False)),
+        recurrence=Part("PyTorch", use=False),
     )
+
+
+def _recurrence_kernels() -> Part[bool]:
+    return Part("mamba-ssm and flash-linear-attention" if cpu.has_gpu() else "PyTorch", use=True)
 
 
 def _composer() -> Backend:
@@ -159,6 +168,7 @@ def _composer() -> Backend:
         loss=Part(ours, "cross_entropy"),
         optimizer=Part(ours, "composer"),
         gradient_accumulation=Part(accumulation, Fusion(on=True, install=wgrad.install)),
+        recurrence=_recurrence_kernels(),
     )
 
 
@@ -183,6 +193,7 @@ def _te() -> Backend:
         gradient_accumulation=Part(
             f"{_TE} and {'Apex' if apex else 'composer'}", Fusion(on=True, install=wgrad.install)
         ),
+        recurrence=_recurrence_kernels(),
     )
 
 
@@ -193,6 +204,8 @@ BACKENDS: Mapping[str, Callable[[], Backend]] = MappingProxyType(
 
 LINEAR_LOSS = Part[Loss]("fused with the output layer", "linear_cross_entropy")
 """The loss without logits in memory, which any backend can have: ``loss=linear``."""
+
+_SPECIAL = (("loss", "linear"), ("rope", "qkv"))
 
 
 def default_backend() -> str:
@@ -205,7 +218,7 @@ def get_backend(name: str | None = None, parts: Mapping[str, str] = MappingProxy
 
     Args:
         name: A name in `BACKENDS`; None for that of the machine.
-        parts: From names in `PARTS` to names in `BACKENDS`, or for the loss to "linear".
+        parts: From names in `PARTS` to names in `BACKENDS`, or for the loss to "linear", for rope to "qkv".
 
     Raises:
         UsageError: If there is no such backend or part, with those that there are.
@@ -217,10 +230,18 @@ def get_backend(name: str | None = None, parts: Mapping[str, str] = MappingProxy
     changes: dict[str, Any] = {}
     for part, player in parts.items():
         _known("backend part", part, PARTS)
-        linear = (part, player) == ("loss", "linear")
-        changes[part] = LINEAR_LOSS if linear else getattr(_row(player), part)
+        special = (part, player) in _SPECIAL
+        changes[part] = _special(part) if special else getattr(_row(player), part)
     mixed = "+".join((backend.name, *(f"{part}={player}" for part, player in parts.items())))
     return dataclasses.replace(backend, name=mixed, **changes)
+
+
+def _special(part: str) -> Part[Any]:
+    """The player of that part that belongs to no backend."""
+    if part == "loss":
+        return LINEAR_LOSS
+    rope = _row("composer").rope
+    return Part(f"{rope.says}, on query, key and value at once", rope.use._replace(joined=True))
 
 
 def _row(name: str) -> Backend:

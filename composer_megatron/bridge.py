@@ -15,15 +15,16 @@ import difflib
 import functools
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnBackend
 
 from composer_megatron import cpu
 from composer_megatron.architecture import Architecture
 from composer_megatron.backend import get_backend
 from composer_megatron.errors import ComposerError, UsageError
+from composer_megatron.model import architecture_fields
+from composer_megatron.pattern import hybrid_pattern
 from composer_megatron.pipeline import cut_sequence
-from composer_megatron.specs import hybrid_pattern, stack_spec
+from composer_megatron.specs import stack_spec
 
 if TYPE_CHECKING:
     from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
@@ -51,7 +52,12 @@ def composite_provider(
     """
     provider_class = _provider_class()
     fields = model_fields(architecture, backend)
-    _check_overrides(overrides, fields, known=[field.name for field in dataclasses.fields(provider_class)])
+    known = [field.name for field in dataclasses.fields(provider_class)]
+    lacking = [name for name in fields if name not in known]
+    if lacking:
+        problem = f"{architecture.sequence.notation} needs {lacking[0]}, which HybridModelProvider does not have"
+        raise UsageError(f"{problem}; use composer_megatron.train")
+    _check_overrides(overrides, fields, known)
     stages = overrides.get("pipeline_model_parallel_size", 1)
     cut = cut_sequence(architecture, stages, seq_len=overrides.get("seq_length", 4096))
     return provider_class(
@@ -73,25 +79,13 @@ def model_fields(architecture: Architecture, backend: str | None) -> dict[str, A
         "hybrid_stack_spec": composite_stack
         if backend is None
         else functools.partial(composite_stack, backend=backend),
-        "num_layers": len(architecture.sequence),
-        "hidden_size": shape.hidden_size,
-        "ffn_hidden_size": shape.ffn_hidden_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_query_groups": shape.num_query_groups,
-        "kv_channels": shape.head_dim,
         "vocab_size": shape.vocab_size,
         "should_pad_vocab": False,
         "share_embeddings_and_output_weights": shape.tied_embeddings,
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "add_bias_linear": False,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": shape.norm_epsilon,
         "position_embedding_type": "rope",
         "rotary_base": shape.rope_theta,
         "rotary_percent": 1.0,
-        "is_hybrid_model": True,  # one residual addition in a layer, not two: scales the initial output projections
-    }
+    } | architecture_fields(architecture)
 
 
 def _defaults(architecture: Architecture, backend: str | None) -> dict[str, Any]:
@@ -102,6 +96,7 @@ def _defaults(architecture: Architecture, backend: str | None) -> dict[str, Any]
         "init_method_std": architecture.shape.init_std,
         "use_te_activation_func": parts.activation.use is not None,
         "apply_rope_fusion": parts.rope.use.on,
+        "fused_single_qkv_rope": parts.rope.use.joined,
         "gradient_accumulation_fusion": parts.gradient_accumulation.use.on,
         "attention_backend": AttnBackend.auto,  # chooses among TransformerEngine's; other attention has no such choice
         "use_cpu_initialization": not cpu.has_gpu(),

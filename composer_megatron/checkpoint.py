@@ -24,6 +24,7 @@ from composer_megatron import cpu
 from composer_megatron.architecture import Architecture
 from composer_megatron.errors import ComposerError, FileError, UsageError
 from composer_megatron.files import naming
+from composer_megatron.stored import StoredRun
 from composer_megatron.text import tokenizing
 
 if TYPE_CHECKING:
@@ -83,16 +84,33 @@ class LoadedRun:
 
     def close(self) -> None:
         """End the process group, if loading started it; the model cannot run after that."""
-        if self._started_group and torch.distributed.is_initialized():
-            from composer_megatron.model import end_single_process
-
-            end_single_process()
+        if self._started_group:
+            _end_group()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _end_group() -> None:
+    if torch.distributed.is_initialized():
+        from composer_megatron.model import end_single_process
+
+        end_single_process()
+
+
+@contextlib.contextmanager
+def group_of_one() -> Iterator[None]:
+    """End the process group that building a model starts, unless there was one before."""
+    cpu.skip_compilation()
+    started_before = torch.distributed.is_initialized()
+    try:
+        yield
+    finally:
+        if not started_before:
+            _end_group()
 
 
 class Checkpoint(NamedTuple):
@@ -132,10 +150,8 @@ def load_run(
         with _quietly():
             model, trained_length = _load_model(found, architecture, sequence_length, dtype)
     except BaseException:
-        if not started_before and torch.distributed.is_initialized():
-            from composer_megatron.model import end_single_process
-
-            end_single_process()
+        if not started_before:
+            _end_group()
         raise
     return LoadedRun(
         path=found.run_dir,
@@ -216,15 +232,40 @@ def _load_tokenizer(run_dir: Path, architecture: Architecture) -> Tokenizer | No
     return tokenizer
 
 
-def _load_model(
-    found: Checkpoint, architecture: Architecture, sequence_length: int | None, dtype: torch.dtype | None
-) -> tuple[HybridModel, int]:
-    """The model, and the length of the sequences that it was trained on (or the one asked for)."""
+def open_run(path: Path, iteration: int | None = None) -> StoredRun:
+    """Look into a training run without loading it; arguments and errors as for `load_run`."""
+    found = find_checkpoint(Path(path), iteration)
+    architecture = Architecture.load(found.run_dir / "architecture.json")
+    tokenizer = _load_tokenizer(found.run_dir, architecture)
+    with _quietly(), group_of_one():
+        contents = _look_into(found, architecture, None)
+        model = _build(contents, architecture, contents.dtype, meta=True)
+        _check_tensors(found, model, contents.sizes)
+    return StoredRun(
+        path=found.run_dir,
+        iteration=found.iteration,
+        architecture=architecture,
+        tokenizer=tokenizer,
+        sequence_length=contents.sequence_length,
+        dtype=contents.dtype,
+        folder=found.folder,
+        sizes={name: contents.sizes[name] for name, _ in model.named_parameters()},
+    )
+
+
+class _Contents(NamedTuple):
+    """What a checkpoint says about itself: shapes of all tensors, the parameters' type, and the longest sequence."""
+
+    sizes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+    sequence_length: int
+
+
+def _look_into(found: Checkpoint, architecture: Architecture, sequence_length: int | None) -> _Contents:
+    """Read a checkpoint's metadata, and see that it was trained with the architecture's settings."""
     cpu.skip_compilation()
     try:
-        from megatron.core.dist_checkpointing import load, load_common_state_dict, load_tensors_metadata
-
-        from composer_megatron.model import build_model
+        from megatron.core.dist_checkpointing import load_common_state_dict, load_tensors_metadata
     except ModuleNotFoundError as error:
         raise ComposerError(f'{error.name} is not installed: pip install "composer-megatron[train]"') from None
     with _reading(found):
@@ -235,17 +276,34 @@ def _load_model(
     length = training.get("seq_length") if sequence_length is None else sequence_length
     if length is None:
         raise UsageError(f"{found.folder} does not say for which sequence length it was trained; give sequence_length")
-    saved_dtype = tensors[_EMBEDDING].dtype if _EMBEDDING in tensors else torch.float32
-    model = build_model(architecture, max_sequence_length=length, dtype=dtype or saved_dtype, draw_weights=False)
-    _check_tensors(found, model, {name: tuple(tensor.global_shape) for name, tensor in tensors.items()})
+    dtype = tensors[_EMBEDDING].dtype if _EMBEDDING in tensors else torch.float32
+    return _Contents({name: tuple(tensor.global_shape) for name, tensor in tensors.items()}, dtype, length)
+
+
+def _build(contents: _Contents, architecture: Architecture, dtype: torch.dtype, *, meta: bool) -> HybridModel:
+    from composer_megatron.model import build_model
+
+    length = contents.sequence_length
+    return build_model(architecture, max_sequence_length=length, dtype=dtype, meta=meta, draw_weights=False)
+
+
+def _load_model(
+    found: Checkpoint, architecture: Architecture, sequence_length: int | None, dtype: torch.dtype | None
+) -> tuple[HybridModel, int]:
+    """The model, and the length of the sequences that it was trained on (or the one asked for)."""
+    contents = _look_into(found, architecture, sequence_length)
+    model = _build(contents, architecture, dtype or contents.dtype, meta=False)
+    _check_tensors(found, model, contents.sizes)
+    from megatron.core.dist_checkpointing import load
+
     with _reading(found):
         model.load_state_dict(load({"model": model.sharded_state_dict()}, str(found.folder))["model"])
-    return model.eval().requires_grad_(False), length
+    return model.eval().requires_grad_(False), contents.sequence_length
 
 
 def _check_settings(found: Checkpoint, architecture: Architecture, training: Mapping[str, Any]) -> None:
     """Compare what changes the model's numbers, but no tensor's shape, with the flags that the run was trained with."""
-    from composer_megatron.specs import STAGE_SEPARATOR, hybrid_pattern
+    from composer_megatron.pattern import STAGE_SEPARATOR, hybrid_pattern
 
     shape = architecture.shape
     expected = {

@@ -12,8 +12,73 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from composer_megatron import __version__
-from composer_megatron.commands import COMMANDS, GROUPS
+from composer_megatron.commands.bench import bench_kernels, bench_training
+from composer_megatron.commands.bench_inference import bench_inference
+from composer_megatron.commands.bench_report import bench_report
+from composer_megatron.commands.convert import export, import_
+from composer_megatron.commands.evaluate import eval_
+from composer_megatron.commands.evidence import (
+    evidence_ablation,
+    evidence_agreement,
+    evidence_growth,
+    evidence_oracle,
+    evidence_regret,
+)
+from composer_megatron.commands.extrapolate import aggregate, extrapolate
+from composer_megatron.commands.generate import generate
+from composer_megatron.commands.kv import kv
+from composer_megatron.commands.plan import plan, profile
+from composer_megatron.commands.recipes import recipe_flags, recipe_list, recipe_show, recipe_train
+from composer_megatron.commands.repeat import repeat
+from composer_megatron.commands.report import env, report
+from composer_megatron.commands.search import search, watch
+from composer_megatron.commands.systems import systems
+from composer_megatron.commands.text import text_check
+from composer_megatron.commands.train import flags, train
 from composer_megatron.errors import ComposerError, UsageError
+
+COMMANDS = (
+    search,
+    watch,
+    aggregate,
+    extrapolate,
+    plan,
+    profile,
+    systems,
+    kv,
+    recipe_list,
+    recipe_show,
+    recipe_flags,
+    recipe_train,
+    train,
+    repeat,
+    flags,
+    text_check,
+    eval_,
+    generate,
+    export,
+    import_,
+    bench_training,
+    bench_kernels,
+    bench_report,
+    bench_inference,
+    evidence_oracle,
+    evidence_regret,
+    evidence_agreement,
+    evidence_ablation,
+    evidence_growth,
+    report,
+    env,
+)
+"""Every command, in the order in which help lists them. A trailing underscore is no part of a command's name."""
+
+GROUPS = {
+    "bench": "Measure on this machine.",
+    "evidence": "What scores, proposers and aggregators are worth.",
+    "text": "Token files to train on.",
+    "recipe": "Pretraining runs that have a name: the paper's and yours.",
+}
+"""Groups of commands and their help: ``bench_training`` is ``bench training``, listed below ``bench``."""
 
 DESCRIPTION = (
     f"composer-megatron {__version__}: search hybrid architectures, train them on Megatron-core. "

@@ -12,12 +12,14 @@ import functools
 import io
 import os
 import shutil
-import tempfile
+import signal
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,11 +29,22 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 
-from composer_megatron import cpu
 from composer_megatron.architecture import Architecture
+from composer_megatron.checkpoint import group_of_one
 from composer_megatron.errors import ComposerError, FileError, UsageError
-from composer_megatron.files import naming, write_json, write_text
+from composer_megatron.files import naming, new_folder, write_json, write_text
 from composer_megatron.text import tokenizing
+
+type Progress = Callable[[int, int], None]
+"""Told how many bytes are done, and how many there are."""
+
+
+def silent(done: int, total: int) -> None:
+    """The `Progress` that shows nothing."""
+
+
+_BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""Special tokens and chat templates, in files of transformers'."""
 
 
 @dataclass(frozen=True)
@@ -55,42 +68,60 @@ class Source:
     tokenizer: Path | None
 
 
-def write_run(source: Source, run_dir: Path) -> None:
+def write_run(source: Source, run_dir: Path, progress: Progress = silent) -> None:
     """Make the run folder of a source. It appears whole or not at all.
 
     Args:
         source: The model.
         run_dir: The folder to make.
+        progress: Told after each parameter how many bytes were taken over, and how many there are.
 
     Raises:
         UsageError: If `run_dir` exists.
         FileError: If the source cannot be read, its tokenizer has more ids than the model has embeddings, or the
             folder cannot be written.
     """
-    tokenizer = None if source.tokenizer is None else _checked_tokenizer(source.tokenizer, source.architecture)
-    with new_folder(run_dir) as folder:
+    if source.tokenizer is not None:
+        _check_tokenizer(source.tokenizer, source.architecture)
+    with ended_by_sigterm(), new_folder(run_dir) as folder:
         source.architecture.save(folder / "architecture.json")
-        if tokenizer is not None:
-            write_text(folder / "tokenizer.json", tokenizer)
+        if source.tokenizer is not None:
+            copy_tokenizer(source.tokenizer.parent, folder)
         checkpoint = folder / "checkpoints" / "iter_0000000"
         checkpoint.mkdir(parents=True)
-        _write_checkpoint(source, checkpoint)
+        check_space(folder, source.architecture.params_total * source.dtype.itemsize)
+        _write_checkpoint(source, checkpoint, progress)
         write_text(folder / "checkpoints" / "latest_checkpointed_iteration.txt", "0")
 
 
-def _checked_tokenizer(path: Path, architecture: Architecture) -> str:
+def _check_tokenizer(path: Path, architecture: Architecture) -> None:
     ids, rows = tokenizing.vocabulary_size(tokenizing.load_tokenizer(path)), architecture.shape.vocab_size
     if ids > rows:
         raise FileError(f"{path} has {ids} token ids, the model only {rows} embeddings; put its own tokenizer there")
-    with naming(path, "read"):
-        return path.read_text(encoding="utf-8")
 
 
-def _write_checkpoint(source: Source, folder: Path) -> None:
-    with _group_of_one():
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy ``tokenizer.json`` from one folder to another, and what transformers keeps beside it where it is there.
+
+    Raises:
+        FileError: If a file cannot be read or written.
+    """
+    for name in ("tokenizer.json", *_BESIDE_TOKENIZER):
+        path = source / name
+        if name == "tokenizer.json" or path.is_file():
+            with naming(path, "read"):
+                text = path.read_text(encoding="utf-8")
+            write_text(target / name, text)
+
+
+def _write_checkpoint(source: Source, folder: Path, progress: Progress) -> None:
+    with group_of_one():
         tensors, objects = _checkpoint_layout(source)
         torch.save(_common_state(source), folder / "common.pt")
-        read: dict[str, Callable[[], Any]] = {name: _as_type(source.tensors[name], source.dtype) for name in tensors}
+        told = _Told(progress, source.architecture.params_total * source.dtype.itemsize)
+        read: dict[str, Callable[[], Any]] = {
+            name: functools.partial(told.read, source.tensors[name], source.dtype) for name in tensors
+        }
         read |= {name: functools.partial(_pickled, [value]) for name, value in objects.items()}
         _save({**tensors, **{name: io.BytesIO() for name in objects}}, read, folder)
     # Megatron writes this one last, too: it says that the checkpoint is whole.
@@ -115,20 +146,6 @@ def _save(layout: dict[str, Any], read: Mapping[str, Callable[[], Any]], folder:
         raise FileError(f"cannot write the checkpoint: {type(cause).__name__}: {cause}") from error
 
 
-@contextlib.contextmanager
-def _group_of_one() -> Iterator[None]:
-    """End the process group that building a model starts, unless there was one before."""
-    cpu.skip_compilation()
-    started_before = torch.distributed.is_initialized()
-    try:
-        yield
-    finally:
-        if not started_before and torch.distributed.is_initialized():
-            from composer_megatron.model import end_single_process
-
-            end_single_process()
-
-
 def _checkpoint_layout(source: Source) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What a checkpoint of the architecture holds: tensors without values by their names, and other objects."""
     try:
@@ -147,11 +164,12 @@ def _checkpoint_layout(source: Source) -> tuple[dict[str, Tensor], dict[str, Any
 def _common_state(source: Source) -> dict[str, Any]:
     """What Megatron keeps beside the tensors: above all the flags that the model would have been trained with."""
     from composer_megatron.arguments import architecture_flags, command_line, given_flags
-    from composer_megatron.specs import hybrid_pattern
+    from composer_megatron.pattern import hybrid_pattern
 
     pattern = hybrid_pattern(source.architecture.sequence)
     flags = given_flags(command_line(architecture_flags(source.architecture, pattern), {}, ()))
     flags |= {
+        "hybrid_layer_pattern": pattern,  # given again: argparse takes "--", two MLP blocks, for no value
         "num_layers": len(source.architecture.sequence),
         "seq_length": source.sequence_length,
         "max_position_embeddings": source.sequence_length,
@@ -163,8 +181,19 @@ def _common_state(source: Source) -> dict[str, Any]:
     return {"args": argparse.Namespace(**flags), "iteration": 0, "checkpoint_version": 3.0}
 
 
-def _as_type(read: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
-    return lambda: read().to(dtype).contiguous()
+@dataclass
+class _Told:
+    """Reads tensors and tells how far it is."""
+
+    progress: Progress
+    total: int
+    done: int = 0
+
+    def read(self, read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+        tensor = read().to(dtype).contiguous()
+        self.done += tensor.nbytes
+        self.progress(self.done, self.total)
+        return tensor
 
 
 def _pickled(value: Any) -> io.BytesIO:
@@ -187,25 +216,39 @@ class _OneByOne(DefaultSavePlanner):
         return object
 
 
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to fill, renamed to `path` at the end and removed on failure.
+def check_absent(path: Path) -> None:
+    """See that a folder that is to be made is not there, before any work goes into it.
 
     Raises:
-        UsageError: If `path` exists.
-        FileError: If it cannot be made.
+        UsageError: If there is something already, were it a link that leads nowhere.
     """
-    path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would replace a link instead of following it
     if os.path.lexists(path):
         raise UsageError(f"{path} exists; nothing is overwritten: choose another folder, or remove it")
-    with naming(path, "make"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """See that a folder's disk has room for so many bytes.
+
+    Raises:
+        FileError: If there is less.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise FileError(f"{folder.parent} has {free / 1e9:.1f} GB free; the weights need {needed / 1e9:.1f} GB")
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the process as an exception does, so that what is half made is removed."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there may a signal's handler be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        with naming(path, "write"):
-            yield partial
-            partial.chmod(0o755)
-            partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

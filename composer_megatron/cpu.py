@@ -53,8 +53,11 @@ def prepare_model() -> None:
 
 
 def prepare_training() -> None:
-    """What `megatron.training.pretrain` needs, with any number of processes. Call it after importing Megatron-core."""
-    if has_gpu():
+    """What `megatron.training.pretrain` needs, with any number of processes. Call it after importing Megatron-core.
+
+    Calling it again does no harm.
+    """
+    if has_gpu() or torch.cuda.synchronize is _nothing:
         return
     prepare_model()
     for replacement in (*_torch_replacements(), *_megatron_replacements()):

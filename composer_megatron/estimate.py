@@ -85,6 +85,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "shape": architecture.shape.name,
         "vocab_size": architecture.shape.vocab_size,
         "seq_len": layout.seq_len,
+        "layout": str(layout),
         "tensor_parallel": layout.tensor_parallel,
         "pipeline_parallel": layout.pipeline_parallel,
         "virtual_stages": layout.virtual_stages,

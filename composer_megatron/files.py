@@ -1,18 +1,19 @@
 """Reading and writing files so that nothing is lost and every failure names the file.
 
-A whole file is written beside its place and renamed; a log is appended line by line and a torn last line, left by a
-killed process, is cut off when the log is opened again.
+A whole file or folder is written beside its place and renamed; a log is appended line by line and a torn last line,
+left by a killed process, is cut off when the log is opened again.
 """
 
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from composer_megatron.errors import FileError
+from composer_megatron.errors import FileError, UsageError
 
 
 @contextlib.contextmanager
@@ -22,6 +23,30 @@ def naming(path: Path, doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise FileError(f"cannot {doing} {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to fill, renamed to `path` at the end and removed on failure.
+
+    Raises:
+        UsageError: If `path` exists.
+        FileError: If it cannot be made.
+    """
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would replace a link instead of following it
+    if os.path.lexists(path):
+        raise UsageError(f"{path} exists; nothing is overwritten: choose another folder, or remove it")
+    with naming(path, "make"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+    try:
+        with naming(path, "write"):
+            yield partial
+            partial.chmod(0o755)
+            partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,74 +1,99 @@
-"""Generate text from a trained run, token by token, with a decoding cache that only attention blocks have.
+"""Generate text from a trained run: prompts in a batch, text as it comes, every request with its own settings.
 
-Prompts are decoded one after the other: so no padding needs to be hidden from attention, and what a prompt gives does
-not depend on its neighbours.
+As in::
+
+    with load_run(Path("runs/composite")) as run:
+        print(generate(run, ["def ", "class "], max_new_tokens=16))
+        for piece in stream(run, [Request("def ", sampling=Sampling(temperature=0.8, seed=1))]):
+            print(piece.text, end="", flush=True)
+
+Only attention blocks have a decoding cache, and those with a window no more of it than the window. On a GPU a step of
+decoding is one CUDA graph. What a request gives depends on its own settings and seed, not on its neighbours, as far as
+the rounding of products over batches of other sizes lets it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from composer_megatron.backend import require
 from composer_megatron.checkpoint import LoadedRun
-from composer_megatron.errors import UsageError
+from composer_megatron.errors import ComposerError, UsageError
 from composer_megatron.files import write_json
+from composer_megatron.inference.sampling import GREEDY, Sampling
 from composer_megatron.text import tokenizing
 
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
-    from tokenizers import Tokenizer
+
+    from composer_megatron.inference.batching import Job
+    from composer_megatron.inference.engine import Loop
+
+__all__ = [
+    "GREEDY",
+    "Piece",
+    "Request",
+    "Sampling",
+    "generate",
+    "generate_tokens",
+    "requests_of",
+    "stream",
+    "stream_tokens",
+    "write_samples",
+]
+
+BATCH_SIZE = 32
+"""Requests decoded at a time, where nobody says how many: others wait for a row to become free."""
+
+_CAPACITIES = 256
+"""On a GPU the cache has room for a multiple of so many tokens: kernels are compiled for its size."""
+
+Ending = Literal["end of text", "stop", "length"]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn from the logits.
+class Request:
+    """What to continue, and how.
 
     Attributes:
-        temperature: Divides the logits; 0 takes the likeliest token always.
-        top_k: Draw among this many likeliest tokens; None for all.
-        top_p: Draw among the fewest likeliest tokens whose probabilities, after `top_k`, sum to this; None for all.
+        prompt: The text to continue; the empty one starts a document.
+        max_new_tokens: Tokens to add at most.
+        sampling: How they are drawn, the seed included.
+        stop: Texts that end the continuation, and are not part of it.
     """
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
+    prompt: str
+    max_new_tokens: int = 64
+    sampling: Sampling = GREEDY
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise a `UsageError` that names the value and what would do."""
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"temperature={self.temperature}; expected 0 (greedy) or a positive number")
-        if self.top_k is not None and self.top_k < 1:
-            raise UsageError(f"top_k={self.top_k}; expected at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p={self.top_p}; expected a number above 0 and at most 1")
-
-    def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """Draw a token id.
-
-        Args:
-            logits: (vocabulary,), on the CPU.
-            generator: Of the CPU; not used when greedy.
-        """
-        if self.temperature == 0:
-            return int(logits.argmax())
-        values, ids = logits.double().sort(descending=True, stable=True)
-        kept = values[: self.top_k]
-        probabilities = torch.softmax((kept - kept[0]) / self.temperature, dim=0)
-        if self.top_p is not None:
-            before = probabilities.cumsum(0) - probabilities
-            probabilities = torch.where(before < self.top_p, probabilities, 0.0)
-        return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens={self.max_new_tokens}; expected at least 1")
+        if "" in self.stop:
+            raise UsageError("a stop text is empty; leave it out")
 
 
-GREEDY = Sampling()
-"""The likeliest token, always."""
+class Piece(NamedTuple):
+    """A part of a continuation.
+
+    Attributes:
+        number: Of the request, counted from 0.
+        text: Whole characters.
+        ending: In a request's last piece why it ended; before that None.
+    """
+
+    number: int
+    text: str
+    ending: Ending | None = None
 
 
 def generate(
@@ -81,8 +106,9 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop: Sequence[str] = (),
+    batch_size: int = BATCH_SIZE,
 ) -> list[str]:
-    """Continue each prompt, until the end of text, a stop text, or `max_new_tokens`.
+    """Continue each prompt, until the end of text, a stop text, or `max_new_tokens`, all with the same settings.
 
     Args:
         run: A trained run.
@@ -93,6 +119,7 @@ def generate(
         top_p: As `Sampling`.
         seed: Decides the draws, of each prompt its own.
         stop: Texts that end a continuation, and are not part of it.
+        batch_size: As `stream`.
 
     Returns:
         The continuations, without the prompts.
@@ -100,84 +127,161 @@ def generate(
     Raises:
         UsageError: If a setting is impossible, or a prompt and its continuation exceed the run's sequence length.
         FileError: If the run has no tokenizer.
+        ComposerError: If the memory does not suffice.
     """
-    sampling = Sampling(temperature, top_k, top_p)
-    tokenizer = run.require_tokenizer()
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens={max_new_tokens}; expected at least 1")
-    if not 0 <= seed < 2**64:
-        raise UsageError(f"seed={seed}; expected a whole number from 0 to 2^64 - 1")
-    if "" in stop:
-        raise UsageError("a stop text is empty; leave it out")
-    encoded = [tokenizer.encode(prompt, add_special_tokens=False).ids or [run.end_of_text] for prompt in prompts]
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        _check_length(prompt, len(ids), max_new_tokens, run.sequence_length)
-    texts = []
-    for number, ids in enumerate(encoded):
-        continuation = _Continuation(tokenizer, ids, stop)
-        new = generate_tokens(
-            run.model,
-            ids,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            generator=_generator(seed, number),
-            vocab_size=tokenizing.vocabulary_size(tokenizer),
-            end_of_text=run.end_of_text,
-            finished=continuation.is_stopped if stop else None,
-        )
-        texts.append(continuation.text(new))
+    requests = requests_of(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+    )
+    texts = [""] * len(requests)
+    for piece in stream(run, requests, batch_size=batch_size):
+        texts[piece.number] += piece.text
     return texts
 
 
-@torch.no_grad()
+def requests_of(
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+) -> list[Request]:
+    """Requests with the same settings, each with a seed of its own; arguments and errors as for `generate`."""
+    settings = Sampling(temperature, top_k, top_p, seed)
+    return [
+        Request(prompt, max_new_tokens, dataclasses.replace(settings, seed=_seed(seed, number)), tuple(stop))
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def stream(run: LoadedRun, requests: Sequence[Request], *, batch_size: int = BATCH_SIZE) -> Iterator[Piece]:
+    """Continue each request, text as it comes.
+
+    Args:
+        run: A trained run.
+        requests: What to continue.
+        batch_size: Requests decoded at a time; the cache grows with it.
+
+    Yields:
+        Pieces of the continuations, in no order between requests; each request's last one says why it ended.
+
+    Raises:
+        UsageError: If a prompt and its continuation exceed the run's sequence length, or the batch size is impossible.
+        FileError: If the run has no tokenizer.
+        ComposerError: If the memory does not suffice.
+    """
+    from composer_megatron.inference.batching import Job
+    from composer_megatron.inference.text import TextStream
+
+    tokenizer = run.require_tokenizer()
+    prompts = [tokenizer.encode(each.prompt, add_special_tokens=False).ids or [run.end_of_text] for each in requests]
+    for request, ids in zip(requests, prompts, strict=True):
+        _check_length(request, len(ids), run.sequence_length)
+    jobs = [Job(ids, each.max_new_tokens, each.sampling) for each, ids in zip(requests, prompts, strict=True)]
+    texts = [TextStream(tokenizer, ids, each.stop) for each, ids in zip(requests, prompts, strict=True)]
+    received = [0] * len(jobs)
+    for number, token in stream_tokens(run.model, jobs, tokenizing.vocabulary_size(tokenizer), batch_size):
+        job, text = jobs[number], texts[number]
+        received[number] += 1
+        if token == run.end_of_text:
+            job.ended = True
+            yield Piece(number, text.end(), "end of text")
+            continue
+        new = text.add(token)
+        if text.is_stopped:
+            job.ended = True
+            yield Piece(number, new, "stop")
+        elif received[number] == job.limit:
+            new += text.end()
+            yield Piece(number, new, "stop" if text.is_stopped else "length")
+        elif new:
+            yield Piece(number, new)
+
+
+def stream_tokens(
+    model: HybridModel, jobs: Sequence[Job], vocab_size: int | None = None, batch_size: int = BATCH_SIZE
+) -> Iterator[tuple[int, int]]:
+    """Continue sequences of token ids, tokens as they come.
+
+    Args:
+        model: In evaluation mode, in one process.
+        jobs: What to continue. Set a job's `ended` to get no more tokens of it.
+        vocab_size: Choose ids below this alone, where the embedding has more rows than the tokenizer has tokens.
+        batch_size: Jobs decoded at a time.
+
+    Yields:
+        A job's number and its next token, in no order between jobs.
+
+    Raises:
+        UsageError: If the batch size is impossible, or a job has no prompt or asks for nothing.
+        ComposerError: If the memory does not suffice.
+    """
+    if batch_size < 1:
+        raise UsageError(f"batch_size={batch_size}; expected at least 1")
+    for number, job in enumerate(jobs):
+        if not job.prompt:
+            raise UsageError(f"prompt {number} has no token; start a document with the end of text")
+        if job.limit < 1:
+            raise UsageError(f"max_new_tokens={job.limit}; expected at least 1")
+    if not jobs:
+        return
+    require("triton", "generation", "pip install triton")
+    from composer_megatron.inference.batching import decode
+
+    rows = min(batch_size, len(jobs))
+    capacity = max(len(job.prompt) + job.limit for job in jobs)
+    draws = any(job.sampling.temperature > 0 for job in jobs)
+    try:
+        yield from decode(_loop(model, rows, capacity, draws, vocab_size), jobs)
+    except torch.OutOfMemoryError as error:
+        asked = f"{rows} requests of up to {capacity} tokens at a time"
+        raise ComposerError(f"out of memory while decoding {asked}; take a smaller batch size than {rows}") from error
+
+
 def generate_tokens(
     model: HybridModel,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    generator: torch.Generator | None = None,
     vocab_size: int | None = None,
     end_of_text: int | None = None,
     finished: Callable[[list[int]], bool] | None = None,
 ) -> list[int]:
-    """Continue a sequence of token ids: one pass over the prompt, then one over each new token alone.
+    """Continue one sequence of token ids.
 
     Args:
         model: In evaluation mode, in one process.
         prompt: At least one id.
         max_new_tokens: At most so many new ids.
         sampling: How an id is drawn.
-        generator: A generator of the CPU; None for a fresh one.
-        vocab_size: Draw ids below this alone, where the embedding has more rows than the tokenizer has tokens.
+        vocab_size: As `stream_tokens`.
         end_of_text: An id that ends the continuation and is not part of it.
         finished: Called with the new ids after each; true ends the continuation.
 
     Returns:
         The new ids.
-    """
-    from megatron.core.inference.contexts import StaticInferenceContext
-    from megatron.core.inference.utils import InferenceMode
 
-    device = next(model.parameters()).device
-    generator = torch.Generator() if generator is None else generator
-    cache = StaticInferenceContext(max_batch_size=1, max_sequence_length=len(prompt) + max_new_tokens)
-    new: list[int] = []
-    tokens = torch.tensor([list(prompt)], device=device)
-    with InferenceMode.active():
-        while len(new) < max_new_tokens:
-            seen, count = cache.sequence_len_offset, tokens.shape[1]
-            positions = torch.arange(seen, seen + count, device=device)[None]
-            logits = model(tokens, positions, None, inference_context=cache, runtime_gather_output=True)
-            cache.sequence_len_offset += count
-            cache.enable_decode_mode()
-            token = sampling.choose(logits[0, -1, :vocab_size].cpu(), generator)
-            if token == end_of_text:
-                break
-            new.append(token)
-            if finished is not None and finished(new):
-                break
-            tokens = torch.tensor([[token]], device=device)
+    Raises:
+        UsageError: If the prompt is empty or `max_new_tokens` impossible.
+    """
+    from composer_megatron.inference.batching import Job
+
+    job, new = Job(prompt, max_new_tokens, sampling), list[int]()
+    for _, token in stream_tokens(model, [job], vocab_size):
+        if token == end_of_text:
+            job.ended = True
+            break
+        new.append(token)
+        job.ended = finished is not None and finished(new)
     return new
 
 
@@ -186,38 +290,29 @@ def write_samples(path: Path, prompts: Sequence[str], texts: Sequence[str]) -> N
     write_json(path, [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)])
 
 
-@dataclass(frozen=True)
-class _Continuation:
-    """What new ids mean as text after a prompt."""
+def _loop(model: HybridModel, rows: int, capacity: int, draws: bool, vocab_size: int | None) -> Loop:
+    """Our own forward pass for the blocks that it knows, Megatron's for all others."""
+    from composer_megatron.inference.engine import Engine
+    from composer_megatron.inference.megatron import MegatronLoop
+    from composer_megatron.inference.weights import is_decoded, weights_of
 
-    tokenizer: Tokenizer
-    prompt: list[int]
-    stop: Sequence[str]
-
-    def text(self, new: list[int]) -> str:
-        """The text that the new ids add, up to the first stop text."""
-        added = self._added(new)
-        ends = [added.find(text) for text in self.stop if text in added]
-        return added[: min(ends, default=None)]
-
-    def is_stopped(self, new: list[int]) -> bool:
-        added = self._added(new)
-        return any(text in added for text in self.stop)
-
-    def _added(self, new: list[int]) -> str:
-        # Decoded behind the prompt: some tokenizers drop the space with which a text begins.
-        before, whole = self.tokenizer.decode(self.prompt), self.tokenizer.decode([*self.prompt, *new])
-        return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(new)
+    if is_decoded(model):
+        weights = weights_of(model)
+        if weights.embedding.is_cuda:
+            capacity = -(-capacity // _CAPACITIES) * _CAPACITIES
+        return Engine(weights, rows, capacity, draws=draws, vocab_size=vocab_size)
+    return MegatronLoop(model, rows, capacity, vocab_size)
 
 
-def _check_length(prompt: str, prompt_tokens: int, max_new_tokens: int, longest: int) -> None:
-    if prompt_tokens + max_new_tokens > longest:
+def _check_length(request: Request, prompt_tokens: int, longest: int) -> None:
+    prompt, new = request.prompt, request.max_new_tokens
+    if prompt_tokens + new > longest:
         shown, room = prompt if len(prompt) <= 40 else f"{prompt[:39]}…", longest - prompt_tokens
-        asked = f"prompt {shown!r} has {prompt_tokens} tokens, with max_new_tokens={max_new_tokens} more than {longest}"
+        asked = f"prompt {shown!r} has {prompt_tokens} tokens, with max_new_tokens={new} more than {longest}"
         advice = f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt"
         raise UsageError(f"{asked}, the longest sequence for this run; {advice}")
 
 
-def _generator(seed: int, number: int) -> torch.Generator:
-    state = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+def _seed(seed: int, number: int) -> int:
+    """The seed of a prompt: its own, and the same whatever other prompts there are."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])

@@ -27,6 +27,7 @@ from megatron.core.utils import scaled_init_method_normal
 
 from composer_megatron.architecture import Architecture
 from composer_megatron.backend import get_backend
+from composer_megatron.block_config import SHARED_FIELDS, block_fields, flag_of_field
 from composer_megatron.errors import UsageError
 from composer_megatron.specs import LAYERS
 
@@ -71,6 +72,8 @@ def block_spec(
     Raises:
         UsageError: If the configuration is not that of the architecture, with the flags to change.
     """
+    if "S" in architecture.sequence.letters:
+        raise UsageError("Mamba-2 (S) has no place in Megatron's GPTModel; use pretrain_hybrid.py and its HybridModel")
     config: TransformerConfig = getattr(model_config, "transformer", model_config)
     _check(architecture, model_config, config)
     parts = get_backend(backend)
@@ -100,7 +103,12 @@ class _Setting(NamedTuple):
 
 
 def _check(architecture: Architecture, model_config: Any, config: TransformerConfig) -> None:
-    settings = [*_widths(architecture, config), *_features(config), *_model_settings(architecture, model_config)]
+    settings = [
+        *_widths(architecture, config),
+        *_features(architecture, config),
+        *_of_blocks(architecture, config),
+        *_model_settings(architecture, model_config),
+    ]
     wrong = [
         f"{flag}: is {_text(value)}, the architecture has {_text(wanted)}"
         for flag, value, wanted in settings
@@ -120,12 +128,20 @@ def _widths(architecture: Architecture, config: TransformerConfig) -> Iterator[_
     yield _Setting("--hidden-size", config.hidden_size, shape.hidden_size)
     yield _Setting("--ffn-hidden-size", config.ffn_hidden_size, shape.ffn_hidden_size)
     yield _Setting("--num-attention-heads", config.num_attention_heads, shape.num_attention_heads)
-    yield _Setting("--num-query-groups", config.num_query_groups, shape.num_query_groups)
+    if "L" not in architecture.sequence.letters:
+        yield _Setting("--num-query-groups", config.num_query_groups, shape.num_query_groups)
     yield _Setting("--kv-channels", config.kv_channels, shape.head_dim)
     yield _Setting("--norm-epsilon", config.layernorm_epsilon, shape.norm_epsilon)
 
 
-def _features(config: TransformerConfig) -> Iterator[_Setting]:
+def _of_blocks(architecture: Architecture, config: TransformerConfig) -> Iterator[_Setting]:
+    """What single primitives ask for."""
+    for name, wanted in block_fields(architecture).items():
+        if name not in SHARED_FIELDS:
+            yield _Setting(flag_of_field(name), getattr(config, name, None), wanted)
+
+
+def _features(architecture: Architecture, config: TransformerConfig) -> Iterator[_Setting]:
     """What a Composite block has, and what it has not."""
     yield _Setting("--normalization", config.normalization, "RMSNorm")
     yield _Setting("--swiglu (gate)", config.gated_linear_unit, True)
@@ -133,8 +149,13 @@ def _features(config: TransformerConfig) -> Iterator[_Setting]:
     yield _Setting("--disable-bias-linear (bias)", config.add_bias_linear, False)
     yield _Setting("--add-qkv-bias", config.add_qkv_bias, False)
     yield _Setting("--qk-layernorm", config.qk_layernorm, False)
-    yield _Setting("--multi-latent-attention", config.multi_latent_attention, False)
-    yield _Setting("--num-experts", config.num_moe_experts, None)
+    letters = architecture.sequence.letters
+    if "L" not in letters:
+        yield _Setting("--multi-latent-attention", config.multi_latent_attention, False)
+    if "E" not in letters:
+        yield _Setting("--num-experts", config.num_moe_experts, None)
+    if "W" not in letters:
+        yield _Setting("--window-size", config.window_size, None)
     yield _Setting("--mtp-num-layers", config.mtp_num_layers or None, None)
 
 

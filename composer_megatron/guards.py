@@ -78,6 +78,42 @@ def check_checkpoints(folder: Path, architecture: Architecture) -> None:
     Raises:
         UsageError: With the first block that differs, or the first matrix.
     """
+    shapes = _newest_tensors(folder)
+    if not shapes:
+        return
+    letters = architecture.sequence.letters.replace("W", "A")
+    problem = _difference(saved_blocks(shapes), letters) or _wrong_matrix(shapes, architecture)
+    if problem:
+        place = f"{folder} holds checkpoints of another architecture than {architecture.sequence.notation}"
+        raise UsageError(f"{place}: {problem}; choose another folder")
+
+
+def check_optimizer(folder: Path, *, distributed: bool) -> None:
+    """Refuse to go on from a checkpoint of the distributed optimizer without it, and the other way round.
+
+    Their states lie in checkpoints in different forms, which Megatron-core does not turn into each other.
+
+    Args:
+        folder: Of checkpoints; the newest whose index can be read counts.
+        distributed: Whether the run has a distributed optimizer.
+
+    Raises:
+        UsageError: With the flag that makes them one.
+    """
+    states = [name for name in _newest_tensors(folder) if name.startswith(("optimizer.", "chained_"))]
+    saved = any(".state.param." in name or ".distributed." in name for name in states)
+    if not states or saved == distributed:
+        return
+    how = "with" if saved else "without"
+    change = "add" if saved else "leave out"
+    raise UsageError(
+        f"{folder} was saved {how} --use-distributed-optimizer and goes on only so: {change} that flag, or go on from "
+        "the weights alone with --no-load-optim --no-load-rng --finetune"
+    )
+
+
+def _newest_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of the newest checkpoint whose index can be read; none where there is none."""
     from megatron.core.dist_checkpointing import load_tensors_metadata
 
     for iteration in reversed(complete_iterations(folder)):
@@ -85,14 +121,8 @@ def check_checkpoints(folder: Path, architecture: Architecture) -> None:
             tensors = load_tensors_metadata(str(folder / f"iter_{iteration:07d}"))
         except Exception:  # a torn index raises anything, and a run passes over such a checkpoint
             continue
-        shapes = {name: tuple(tensor.global_shape) for name, tensor in tensors.items()}
-        problem = _difference(saved_blocks(shapes), architecture.sequence.letters) or _wrong_matrix(
-            shapes, architecture
-        )
-        if problem:
-            place = f"{folder} holds checkpoints of another architecture than {architecture.sequence.notation}"
-            raise UsageError(f"{place}: {problem}; choose another folder")
-        return
+        return {name: tuple(tensor.global_shape) for name, tensor in tensors.items()}
+    return {}
 
 
 def check_same(known: Architecture, wanted: Architecture, file: Path) -> None:
@@ -121,14 +151,28 @@ def saved_blocks(names: Iterable[str]) -> str:
     """The blocks that a checkpoint holds, by the names of its tensors: ``AAMMMM``.
 
     A layer of Megatron's GPTModel holds both halves and counts as ``AM``, as its hybrid model loads it; ``?`` stands
-    for a layer of neither.
+    for a layer of neither. A window leaves no trace: ``W`` counts as ``A``.
     """
     found: dict[int, set[str]] = {}
     for name in names:
-        match = re.match(r"decoder\.layers\.(\d+)\.(self_attention|mlp)\.", name)
-        if match:
-            found.setdefault(int(match[1]), set()).add("A" if match[2] == "self_attention" else "M")
+        match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+        letter = next((letter for part, letter in _MARKS.items() if match and match[2].startswith(part)), None)
+        if match and letter:
+            found.setdefault(int(match[1]), set()).add(letter)
     return "".join("".join(sorted(found.get(layer, {"?"}))) for layer in range(max(found, default=-1) + 1))
+
+
+_MARKS: Mapping[str, str] = MappingProxyType(
+    {
+        "self_attention.linear_qkv.": "A",
+        "self_attention.linear_kv_down_proj.": "L",
+        "self_attention.in_proj.": "G",
+        "mixer.in_proj.": "S",
+        "mlp.linear_fc1.": "M",
+        "mlp.router.": "E",
+    }
+)
+"""The tensor by which a block in a checkpoint is known, after its layer's name."""
 
 
 def _difference(there: str, here: str) -> str:
@@ -149,29 +193,50 @@ def _wrong_matrix(shapes: Mapping[str, tuple[int, ...]], architecture: Architect
     }
     for name, size in shapes.items():
         wanted = expected.get(".".join(name.split(".")[-2:]), size)
-        if name.startswith(("embedding.", "decoder.")) and size != wanted:
+        if name.startswith(("embedding.", "decoder.")) and "experts." not in name and size != wanted:
             return f"{name} is {size} there and {wanted} here"
     if ("output_layer.weight" in shapes) is shape.tied_embeddings:
         return f"its output layer is {'not ' if shape.tied_embeddings else ''}tied to the embedding"
     return ""
 
 
-def check_flags(given: Mapping[str, Any]) -> None:
-    """Refuse flags that belong to another model of Megatron's than its hybrid one.
+_OF_BLOCKS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "W": ("window_size", "window_attn_skip_freq"),
+        "E": ("num_experts", "moe_layer_freq"),
+        "L": ("multi_latent_attention",),
+    }
+)
+"""Of those flags, the ones that an architecture with that primitive sets itself."""
+_PARALLELISM: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"E": ("expert_model_parallel_size", "expert_tensor_parallel_size")}
+)
+"""Of those flags, the ones that an architecture with that primitive gives a meaning to."""
+
+
+def check_flags(given: Mapping[str, Any], architecture: Architecture | None = None) -> None:
+    """Refuse flags that belong to another model of Megatron's than the architecture's.
 
     Args:
         given: The flags that the user gave, by Megatron's names.
+        architecture: What is to be trained; None for one of A and M.
 
     Raises:
         UsageError: With what to use instead.
     """
     from composer_megatron.arguments import flag_of
 
+    letters = "AM" if architecture is None else architecture.sequence.letters
+    set_by_us = {name for letter, names in _OF_BLOCKS.items() if letter in letters for name in names}
+    allowed = {name for letter, names in _PARALLELISM.items() if letter in letters for name in names}
     for name, instead in _NOT_IN_A_COMPOSITE.items():
+        if name in allowed:
+            continue
         if given.get(name) not in (None, False, *_HARMLESS.get(name, ())):
-            raise UsageError(f"{flag_of(name)} does not go with an architecture file: {instead}")
+            advice = "the architecture's sequence and shape say it" if name in set_by_us else instead
+            raise UsageError(f"{flag_of(name)} does not go with an architecture file: {advice}")
     pattern = given.get("hybrid_layer_pattern") or ""
-    known = "".join(row.megatron_symbol for row in PRIMITIVES.values())
+    known = "".join(dict.fromkeys(row.megatron_symbol for row in PRIMITIVES.values() if row.symbol in letters))
     foreign = next((letter for letter in pattern if letter not in known + "|/"), None)
     if foreign:
         problem = f"--hybrid-layer-pattern {pattern!r}: {foreign!r} is no block of an architecture file"
@@ -241,6 +306,50 @@ def _check_batch(batch: int, micro_batch: int, replicas: int) -> None:
     if batch < 1 or batch % step:
         problem = f"--global-batch-size {batch} is no multiple of {step}"
         raise UsageError(f"{problem} (--micro-batch-size {micro_batch} x {replicas} data-parallel ranks)")
+
+
+def check_tensor_parallelism(symbols: Iterable[str], config: TransformerConfig) -> None:
+    """Refuse blocks that are wrong, or that Megatron-core refuses, under tensor parallelism alone.
+
+    Without sequence parallelism Megatron-core does not sum, over the ranks, the gradient of a norm that they share and
+    that meets each rank's own heads (Gated DeltaNet). Experts it refuses itself.
+
+    Args:
+        symbols: Megatron's letters of the blocks.
+        config: With the parallel sizes.
+
+    Raises:
+        UsageError: With what to set.
+    """
+    if config.tensor_model_parallel_size == 1 or config.sequence_parallel:
+        return
+    rows = [row for row in PRIMITIVES.values() if row.symbol in "EG" and row.megatron_symbol in set(symbols)]
+    if rows:
+        what = f"{rows[0].symbol} ({rows[0].name})"
+        raise UsageError(f"{what} under tensor parallelism needs sequence parallelism: add --sequence-parallel")
+
+
+def check_joined_rope(config: TransformerConfig) -> None:
+    """Refuse `fused_single_qkv_rope` where Megatron-core would fail an assertion, or turn the wrong heads in silence.
+
+    Raises:
+        UsageError: With what to use instead.
+    """
+    if not config.fused_single_qkv_rope:
+        return
+    from megatron.core.transformer import attention
+
+    asked = "fused_single_qkv_rope=True"
+    if not attention.HAVE_FUSED_QKV_ROPE:
+        raise UsageError(f"{asked}: nothing here turns query, key and value at once: add --backend-part rope=qkv")
+    if config.rotary_interleaved:
+        raise UsageError(
+            f"{asked} beside rotary_interleaved=True, of which Megatron-core does not tell it: leave one out"
+        )
+    groups, ranks = config.num_query_groups, config.tensor_model_parallel_size
+    if groups < ranks:
+        problem = f"{asked}: {ranks} tensor-parallel ranks share {groups} query groups, of which it takes whole ones"
+        raise UsageError(f"{problem}; leave it out, or use at most {groups} tensor-parallel ranks")
 
 
 def check_schedule(config: TransformerConfig) -> None:

@@ -8,21 +8,14 @@ So are both names of the norms: Megatron stores a norm before a matrix with that
 from __future__ import annotations
 
 import functools
-import io
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from composer_megatron import cpu
 from composer_megatron.architecture import Architecture
@@ -31,6 +24,7 @@ from composer_megatron.errors import ComposerError, FileError
 from composer_megatron.files import naming
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import Shape
+from composer_megatron.stored import Place, read_tensor, unreadable
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -93,16 +87,6 @@ _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.")
 
 
-class _Place(NamedTuple):
-    """A tensor in the checkpoint, or with `layers` one layer of a stack of them."""
-
-    key: str
-    size: tuple[int, ...]
-    dtype: torch.dtype
-    layer: int | None = None
-    layers: int = 1
-
-
 def open_gpt(path: Path) -> Source:
     """Read what a checkpoint says about itself; no weights yet.
 
@@ -130,7 +114,7 @@ def open_gpt(path: Path) -> Source:
         ),
         sequence_length=training["seq_length"],
         dtype=functools.reduce(torch.promote_types, dtypes),
-        tensors={name: functools.partial(_read, folder, place) for name, place in named.items()},
+        tensors={name: functools.partial(read_tensor, folder, place) for name, place in named.items()},
         tokenizer=None,
     )
 
@@ -150,7 +134,7 @@ def _iteration_folder(path: Path) -> Path:
     return folder
 
 
-def _metadata(folder: Path) -> tuple[dict[str, _Place], dict[str, Any]]:
+def _metadata(folder: Path) -> tuple[dict[str, Place], dict[str, Any]]:
     """Every tensor of the model in the checkpoint, and the arguments of the run that saved it."""
     cpu.skip_compilation()
     try:
@@ -161,20 +145,15 @@ def _metadata(folder: Path) -> tuple[dict[str, _Place], dict[str, Any]]:
         tensors = load_tensors_metadata(str(folder))
         common = load_common_state_dict(str(folder))
     except (Exception, CheckpointException) as error:  # Megatron, PyTorch, pickle and zip each raise their own
-        raise _unreadable(folder, error) from error
+        raise unreadable(folder, error) from error
     if "args" not in common:
         raise FileError(f"{folder} does not say how it was trained (it has no args); it has to be saved by Megatron")
     places = {
-        key: _Place(key, tuple(tensor.global_shape), tensor.dtype)
+        key: Place(key, tuple(tensor.global_shape), tensor.dtype)
         for key, tensor in tensors.items()
         if key.startswith(_MODEL_PREFIXES) and not key.endswith("_extra_state")
     }
     return places, vars(common["args"])
-
-
-def _unreadable(folder: Path, error: BaseException) -> FileError:
-    first_line = (str(error).splitlines() or [""])[0][:200]
-    return FileError(f"cannot read the checkpoint {folder}: {type(error).__name__}: {first_line}; restore it")
 
 
 def _check_arguments(folder: Path, training: Mapping[str, Any]) -> None:
@@ -187,7 +166,7 @@ def _check_arguments(folder: Path, training: Mapping[str, Any]) -> None:
         raise FileError(f"{folder} cannot be imported exactly: it was trained with {', '.join(wrong)}")
 
 
-def _shape(folder: Path, training: Mapping[str, Any], tensors: Mapping[str, _Place], *, pairs: int) -> Shape:
+def _shape(folder: Path, training: Mapping[str, Any], tensors: Mapping[str, Place], *, pairs: int) -> Shape:
     needed = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "layernorm_epsilon", "rotary_base", "seq_length")
     missing = [name for name in needed if training.get(name) is None]
     if missing or "embedding.word_embeddings.weight" not in tensors:
@@ -211,9 +190,9 @@ def _shape(folder: Path, training: Mapping[str, Any], tensors: Mapping[str, _Pla
     )
 
 
-def _layer_places(tensors: Mapping[str, _Place]) -> list[dict[str, _Place]]:
+def _layer_places(tensors: Mapping[str, Place]) -> list[dict[str, Place]]:
     """For each layer of GPTModel, its tensors by their names in it."""
-    layers: dict[int, dict[str, _Place]] = {}
+    layers: dict[int, dict[str, Place]] = {}
     for key, place in tensors.items():
         match = _LAYER.fullmatch(key)
         if match is None:
@@ -224,7 +203,7 @@ def _layer_places(tensors: Mapping[str, _Place]) -> list[dict[str, _Place]]:
             continue
         count, *size = place.size
         for layer in range(count):
-            layers.setdefault(layer, {})[name] = _Place(key, tuple(size), place.dtype, layer, count)
+            layers.setdefault(layer, {})[name] = Place(key, tuple(size), place.dtype, layer)
     return [layers[number] for number in sorted(layers)]
 
 
@@ -234,8 +213,8 @@ def _weights(kind: str) -> list[str]:
 
 
 def _named_places(
-    folder: Path, tensors: Mapping[str, _Place], layers: list[dict[str, _Place]], *, tied: bool
-) -> Iterator[tuple[str, _Place]]:
+    folder: Path, tensors: Mapping[str, Place], layers: list[dict[str, Place]], *, tied: bool
+) -> Iterator[tuple[str, Place]]:
     """Each of our parameters, and where the checkpoint has it."""
     for ours, theirs in _ENDS.items():
         if ours == "output_layer.weight" and tied:
@@ -256,64 +235,8 @@ def _named_places(
             block += 1
 
 
-def _check_nothing_left(folder: Path, tensors: Mapping[str, _Place], used: set[str]) -> None:
+def _check_nothing_left(folder: Path, tensors: Mapping[str, Place], used: set[str]) -> None:
     left = [key for key in tensors if key not in used]
     if left:
         more = f" and {len(left) - 3} more" if left[3:] else ""
         raise FileError(f"{folder} cannot be imported exactly: ours have no place for {', '.join(left[:3])}{more}")
-
-
-def _read(folder: Path, place: _Place) -> Tensor:
-    """One tensor, or one layer of a stack, without reading the others."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled")  # as asked for: no_dist
-            planner = _OnePlace(place)
-            torch_checkpoint.load(
-                {place.key: planner.tensor},
-                storage_reader=torch_checkpoint.FileSystemReader(folder),
-                planner=planner,
-                no_dist=True,
-            )
-    except (Exception, CheckpointException) as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise _unreadable(folder, cause) from error
-    return planner.tensor.view(place.size)
-
-
-class _OnePlace(LoadPlanner):
-    """Reads one place of a checkpoint into `tensor`, whichever pieces it was saved in."""
-
-    def __init__(self, place: _Place) -> None:
-        stacked = place.layer is not None
-        self._key = place.key
-        self._offsets = torch.Size([place.layer or 0] * stacked + [0] * len(place.size))
-        self.tensor = torch.empty([1] * stacked + list(place.size), dtype=place.dtype)
-
-    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        self._metadata = metadata
-
-    def create_local_plan(self) -> LoadPlan:
-        saved = self._metadata.state_dict_metadata[self._key]  # type: ignore[union-attr]
-        wanted = ChunkStorageMetadata(offsets=self._offsets, sizes=self.tensor.size())
-        items = create_read_items_for_chunk_list(self._key, saved, [wanted])  # type: ignore[arg-type]
-        if sum(item.lengths.numel() for item in items) != self.tensor.numel():
-            raise ValueError(f"pieces of {self._key} are missing")
-        return LoadPlan(items)
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise ValueError(f"{self._key} is no tensor")
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        piece = self.tensor
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            piece = piece.narrow(dim, start, length)
-        return piece
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...

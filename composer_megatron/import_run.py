@@ -1,4 +1,4 @@
-"""``composer-megatron import``: a trained Llama from elsewhere becomes a run folder of the sequence ``(AM)xN``.
+"""``composer-megatron import``: a trained model from elsewhere becomes a run folder; a Llama's sequence is ``(AM)xN``.
 
 ::
 
@@ -10,44 +10,63 @@ It generates, evaluates and exports like any other run; training starts from it 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from composer_megatron.conversion import Source, write_run
-from composer_megatron.errors import FileError, UsageError
+from composer_megatron.conversion import Progress, Source, check_absent, silent, write_run
+from composer_megatron.errors import FileError
+from composer_megatron.files import read_json
+from composer_megatron.import_composite import MODEL_TYPE, open_composite
 from composer_megatron.import_gpt import TRACKER, open_gpt
 from composer_megatron.import_llama import open_llama
+from composer_megatron.sequence import CompositeSequence
+from composer_megatron.surgery import graft
 
 
-def import_run(source: Path, run_dir: Path) -> Source:
-    """Make a run folder of a trained model. It appears whole or not at all.
+def import_run(
+    source: Path,
+    run_dir: Path,
+    *,
+    sequence: CompositeSequence | None = None,
+    blocks: str | None = None,
+    window: int | None = None,
+    drop_rope_scaling: bool = False,
+    progress: Progress = silent,
+) -> Source:
+    """Make a run folder of a trained model, or by surgery of its blocks. It appears whole or not at all.
 
     Args:
-        source: A Hugging Face folder (``config.json`` and safetensors), or a ``torch_dist`` checkpoint of Megatron's
-            GPTModel.
+        source: A Hugging Face folder (``config.json`` and weights), of a Llama or exported by us; or a ``torch_dist``
+            checkpoint of Megatron's GPTModel.
         run_dir: The folder to make.
+        sequence: The sequence of the new model; None for the source's own.
+        blocks: Which block comes from where, in the notation of `composer_megatron.surgery`; None for ``even``.
+        window: Keys that a query of a W block sees; None for 1024, or what the source says.
+        drop_rope_scaling: Take a Llama with a scaled rotary embedding without the scaling, though not exactly.
+        progress: Told after each parameter how many bytes were taken over, and how many there are.
 
     Returns:
-        What was imported.
+        What was imported; the architecture's origin says from where, and with surgery block by block.
 
     Raises:
-        UsageError: If `run_dir` exists.
-        FileError: If the source is neither, cannot be read, or is no model that our blocks compute exactly.
+        UsageError: If `run_dir` exists, or the blocks' map is wrong.
+        FileError: If the source is none of these, cannot be read, or is no model that our blocks compute exactly.
         ComposerError: If Megatron-core or safetensors is not installed.
     """
-    if os.path.lexists(run_dir):
-        raise UsageError(f"{run_dir} exists; nothing is overwritten: choose another folder, or remove it")
-    opened = open_source(source)
-    write_run(opened, run_dir)
+    check_absent(run_dir)
+    opened = open_source(source, drop_rope_scaling=drop_rope_scaling)
+    if (sequence, blocks, window) != (None, None, None):
+        opened = graft(opened, sequence or opened.architecture.sequence, blocks or "even", window)
+    write_run(opened, run_dir, progress)
     return opened
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, *, drop_rope_scaling: bool = False) -> Source:
     """Read what a trained model says about itself; arguments and errors as for `import_run`."""
     if not path.is_dir():
         raise FileError(f"{path} is no folder: expected a Hugging Face model or a checkpoint of Megatron's")
     if (path / "config.json").is_file():
-        return open_llama(path)
+        kind = read_json(path / "config.json", "a Hugging Face configuration").get("model_type")
+        return open_composite(path) if kind == MODEL_TYPE else open_llama(path, drop_rope_scaling=drop_rope_scaling)
     if (path / "metadata.json").is_file() or (path / TRACKER).is_file():
         return open_gpt(path)
     if (path / "checkpoints" / TRACKER).is_file():

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,8 +66,7 @@ class Launch:
 
     def command(self) -> list[str]:
         """The argument list, starting with this Python."""
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        return [*torchrun, "--nproc-per-node", str(self.processes), "-m", "composer_megatron.train", *self.arguments()]
+        return torchrun(self.processes, self.arguments())
 
     def arguments(self) -> list[str]:
         """What `composer_megatron.train` is given."""
@@ -108,29 +108,50 @@ class Launch:
         Raises:
             ComposerError: If a process failed, with its message or the end of the log.
         """
-        cores = len(os.sched_getaffinity(0))
-        # Without a limit each process takes all cores and they get in each other's way.
-        environment = {"OMP_NUM_THREADS": str(max(1, cores // self.processes))} | os.environ
-        log = self.run_dir / "train.log"
-        with naming(log, "write"):
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            output = log.open("ab")
-        with output:
-            start = output.tell()
-            process = subprocess.Popen(
-                self.command(),
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                preexec_fn=end_with_parent,  # noqa: PLW1509 - no threads here
-            )
-            try:
-                show_progress(process, self.run_dir / "metrics.jsonl", self.steps)
-            finally:
-                process.terminate()
-                process.wait()
-        if process.returncode:
-            raise _failure(log, start, process.returncode)
+        run_to_the_end(self.command(), self.processes, self.run_dir, self.steps)
+
+
+def torchrun(processes: int, arguments: Sequence[str]) -> list[str]:
+    """The command that trains in so many processes of this machine, starting with this Python."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc-per-node", str(processes), "-m", "composer_megatron.train", *arguments]
+
+
+def run_to_the_end(command: Sequence[str], processes: int, run_dir: Path, steps: int) -> None:
+    """Train: Megatron's log goes to ``train.log`` in the run folder, progress to the terminal.
+
+    Args:
+        command: As `torchrun` makes it.
+        processes: How many it starts.
+        run_dir: The run folder.
+        steps: Optimizer steps, for the progress.
+
+    Raises:
+        ComposerError: If a process failed, with its message or the end of the log.
+    """
+    cores = len(os.sched_getaffinity(0))
+    # Without a limit each process takes all cores and they get in each other's way.
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // processes))} | os.environ
+    log = run_dir / "train.log"
+    with naming(log, "write"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        output = log.open("ab")
+    with output:
+        start = output.tell()
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=end_with_parent,  # noqa: PLW1509 - no threads here
+        )
+        try:
+            show_progress(process, run_dir / "metrics.jsonl", steps)
+        finally:
+            process.terminate()
+            process.wait()
+    if process.returncode:
+        raise _failure(log, start, process.returncode)
 
 
 def _failure(log: Path, start: int, status: int) -> ComposerError:

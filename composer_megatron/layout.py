@@ -7,6 +7,7 @@ from typing import Literal
 
 from composer_megatron.architecture import Architecture
 from composer_megatron.errors import UsageError
+from composer_megatron.primitives import PRIMITIVES
 from composer_megatron.schedule import Schedule
 
 type Recompute = Literal["none", "selective", "full"]
@@ -84,6 +85,19 @@ class Layout:
         """Sequences in a step."""
         return self.micro_batch_size * self.schedule.micro_batches * self.data_parallel
 
+    def __str__(self) -> str:
+        """The parallel sizes above one, the micro-batch, and recomputation where there is some."""
+        sizes = {
+            "tp": self.tensor_parallel,
+            "cp": self.context_parallel,
+            "pp": self.pipeline_parallel,
+            "vpp": self.virtual_stages,
+            "dp": self.data_parallel,
+        }
+        parts = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+        recompute = [] if self.recompute == "none" else [f"{self.recompute} recompute"]
+        return ", ".join([*parts, f"micro-batch {self.micro_batch_size}", *recompute])
+
     @property
     def hidden_split(self) -> int:
         """Among how many ranks the tensors between the matrices are split."""
@@ -96,9 +110,13 @@ class Layout:
             UsageError: If the ranks do not divide its widths, or there are more stages than blocks.
         """
         shape, ranks = architecture.shape, self.tensor_parallel
-        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
-            if getattr(shape, name) % ranks:
-                raise UsageError(f"tensor_parallel={ranks} does not divide {name}={getattr(shape, name)}")
+        names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
+        widths = {name: getattr(shape, name) for name in names}
+        for letter in architecture.sequence.counts:
+            widths |= PRIMITIVES[letter].split(shape)
+        for name, width in widths.items():
+            if width % ranks:
+                raise UsageError(f"tensor_parallel={ranks} does not divide {name}={width}")
         stages, blocks = self.schedule.stages, len(architecture.sequence)
         if stages > blocks:
             raise UsageError(

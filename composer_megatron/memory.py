@@ -44,11 +44,13 @@ def state_bytes(parameters: int, layout: Layout) -> int:
 
 def block(row: Primitive, shape: Shape, layout: Layout) -> Holding:
     """One block: its input and normed input split by sequence parallelism alone, the rest by tensor parallelism."""
-    parameters = row.matrix_parameters(shape) // layout.tensor_parallel + row.norm_parameters(shape)
+    whole = row.replicated_parameters(shape)
+    split = row.matrix_parameters(shape) + row.vector_parameters(shape) - whole
+    parameters = split // layout.tensor_parallel + whole
     if layout.recompute == "full":
         return Holding(parameters, input_bytes(shape, layout))
     inner = row.saved_elements(shape) - 2 * shape.hidden_size
-    if layout.recompute == "selective" and row.mixing_flops(shape, layout.seq_len):
+    if layout.recompute == "selective" and row.cache_elements(shape):
         inner -= 2 * shape.num_attention_heads  # core attention made again needs no log-sum-exp; its inputs stay
     kept = 2 * input_bytes(shape, layout) + 2 * layout.tokens * inner // layout.tensor_parallel
     return Holding(parameters, kept)

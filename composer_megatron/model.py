@@ -1,12 +1,9 @@
 """The model: Megatron-core's hybrid model with the loss of a backend, in a training run and outside.
 
-`build_model` builds one outside a training run: to generate, to evaluate, to export, to count. Here, too, is how
-weights are first drawn, in a training run as well: each from the seed and the parameter's name alone, so that every
-parallel layout starts from the same numbers.
+`build_model` builds one outside a training run: to generate, to evaluate, to export, to count.
 """
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any
@@ -15,14 +12,27 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from torch import Tensor
 
 from composer_megatron import cpu
 from composer_megatron.architecture import Architecture
 from composer_megatron.backend import Backend, Loss, get_backend
+from composer_megatron.block_config import block_fields
 from composer_megatron.errors import UsageError
-from composer_megatron.specs import STAGE_SEPARATOR, hybrid_pattern, stack_spec
+from composer_megatron.initialization import initialize_weights
+from composer_megatron.pattern import STAGE_SEPARATOR, hybrid_pattern
+from composer_megatron.specs import stack_spec
+
+__all__ = [
+    "CompositeModel",
+    "architecture_fields",
+    "build_model",
+    "end_single_process",
+    "initialize_single_process",
+    "initialize_weights",
+    "transformer_config",
+]
 
 
 class CompositeModel(HybridModel):
@@ -167,6 +177,25 @@ def build_model(
     return model
 
 
+def architecture_fields(architecture: Architecture) -> dict[str, Any]:
+    """The fields of Megatron-core's configuration that an architecture decides, in any pipeline."""
+    shape = architecture.shape
+    return {
+        "num_layers": len(architecture.sequence),
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.norm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "is_hybrid_model": True,  # one residual addition in a layer, not two: scales the initial output projections
+    } | block_fields(architecture)
+
+
 def transformer_config(
     architecture: Architecture, *, dtype: torch.dtype, backend: Backend, on_cpu: bool, **changes: Any
 ) -> TransformerConfig:
@@ -181,26 +210,14 @@ def transformer_config(
         on_cpu: Whether to make parameters on the CPU.
         changes: Further fields of the configuration, or others than those made here.
     """
-    shape = architecture.shape
     fields = {
-        "num_layers": len(architecture.sequence),
-        "hidden_size": shape.hidden_size,
-        "ffn_hidden_size": shape.ffn_hidden_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_query_groups": shape.num_query_groups,
-        "kv_channels": shape.head_dim,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": shape.norm_epsilon,
         "gradient_accumulation_fusion": False,
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
         "use_te_activation_func": backend.activation.use is not None,
         "apply_rope_fusion": backend.rope.use.on,
-        "add_bias_linear": False,
+        "fused_single_qkv_rope": backend.rope.use.joined,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "init_method_std": shape.init_std,
-        "is_hybrid_model": True,  # one residual addition in a layer, not two: scales the initial output projections
+        "init_method_std": architecture.shape.init_std,
         "perform_initialization": False,  # `initialize_weights` does it
         "use_cpu_initialization": on_cpu,
         "params_dtype": dtype,
@@ -208,13 +225,19 @@ def transformer_config(
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
     }
+    fields |= architecture_fields(architecture)
+    latent = "multi_latent_attention" in fields
+    if latent:
+        # Megatron fuses it for another rotary embedding alone
+        fields["apply_rope_fusion"] = fields["fused_single_qkv_rope"] = False
     fields |= changes
     if fields["apply_rope_fusion"]:
         backend.rope.use.install()
     if fields["gradient_accumulation_fusion"]:
         backend.gradient_accumulation.use.install()
-    return TransformerConfig(**fields)
+    return (MLATransformerConfig if latent else TransformerConfig)(**fields)
 
 
 def initialize_single_process() -> None:
@@ -235,69 +258,3 @@ def end_single_process() -> None:
     """End the group of one that `initialize_single_process` started."""
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
-
-
-def initialize_weights(model: HybridModel, seed: int) -> None:
-    """Draw the weights of a model, or of one rank's part of it, by the configuration's initialisers.
-
-    Each whole matrix is drawn from its own generator, seeded with `seed` and the parameter's name in the whole model,
-    and cut to the rank's part. So the tensor- and pipeline-parallel layout changes no weight; the kind of device does.
-
-    Raises:
-        UsageError: If the model has a parameter for which there is no rule.
-    """
-    group = model.pg_collection.tp
-    for local_name, parameter in model.named_parameters():
-        name = _global_name(model, local_name)
-        draw = _initializer(name, model.config)
-        with torch.random.fork_rng(devices=[parameter.device] if parameter.is_cuda else []), torch.no_grad():
-            torch.manual_seed(_seed(seed, name))
-            parameter.copy_(_draw_part(parameter, draw, group.rank(), group.size()))
-
-
-def _draw_part(parameter: nn.Parameter, draw: Callable[[Tensor], object], rank: int, ranks: int) -> Tensor:
-    if not getattr(parameter, "tensor_model_parallel", False):
-        ranks = 1
-    dim = max(0, getattr(parameter, "partition_dim", 0))  # -1 where the matrix is not split
-    stride = getattr(parameter, "partition_stride", 1)
-    size = list(parameter.shape)
-    size[dim] *= ranks
-    whole = torch.empty(size, dtype=torch.float32, device=parameter.device)
-    draw(whole)
-    # With stride 2 (gate and up in one matrix) a rank holds a slice of each half.
-    pieces = whole.split(parameter.shape[dim] // stride, dim)
-    return torch.cat(pieces[rank % ranks :: ranks], dim)
-
-
-def _initializer(name: str, config: TransformerConfig) -> Callable[[Tensor], object]:
-    rules: tuple[tuple[str, Callable[[Tensor], object]], ...] = (
-        ("norm.weight", nn.init.ones_),
-        (".bias", nn.init.zeros_),
-        ("embeddings.weight", config.embedding_init_method),
-        ("output_layer.weight", config.init_method),
-        ("linear_qkv.weight", config.init_method),
-        ("linear_fc1.weight", config.init_method),
-        ("eh_proj.weight", config.init_method),
-        ("linear_proj.weight", config.output_layer_init_method),
-        ("linear_fc2.weight", config.output_layer_init_method),
-    )
-    for ending, draw in rules:
-        if name.endswith(ending):
-            return draw
-    raise UsageError(f"no initialiser for parameter {name!r}; known endings: {', '.join(e for e, _ in rules)}")
-
-
-def _global_name(model: HybridModel, name: str) -> str:
-    """The parameter's name in a model of one stage: blocks counted from the first one, a tied copy as its original."""
-    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
-        return "embedding.word_embeddings.weight"
-    prefix = "decoder.layers."
-    if not name.startswith(prefix):
-        return name
-    index, _, rest = name.removeprefix(prefix).partition(".")
-    return f"{prefix}{model.decoder.layers[int(index)].layer_number - 1}.{rest}"
-
-
-def _seed(seed: int, name: str) -> int:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

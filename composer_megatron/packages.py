@@ -1,4 +1,4 @@
-"""Flags of Megatron's that need a package which may be missing: an answer before anything starts."""
+"""Flags of Megatron's and blocks that need a package which may be missing: an answer before anything starts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import importlib.util
 from typing import TYPE_CHECKING, NamedTuple
 
 from composer_megatron.arguments import Flags, flag_of
-from composer_megatron.errors import UsageError
+from composer_megatron.errors import ComposerError, UsageError
+from composer_megatron.primitives import PRIMITIVES
 
 if TYPE_CHECKING:
     from composer_megatron.backend import Backend
@@ -44,6 +45,30 @@ _FOREIGN = (
 )
 _ATTENTION_BACKENDS = ("flash", "fused", "unfused")
 """Values of --attention-backend that choose among TransformerEngine's."""
+
+
+_KERNELS = {"S": ("mamba_ssm", "causal_conv1d", "einops"), "G": ("fla",)}
+"""What a GPU's kernels for a recurrence import, by the primitive's letter."""
+_INSTALL = {"S": "mamba-ssm causal-conv1d einops", "G": "flash-linear-attention"}
+
+
+def missing_kernels(letter: str) -> list[str]:
+    """Packages that the kernels of that primitive import, and that are not there."""
+    return [name for name in _KERNELS.get(letter, ()) if importlib.util.find_spec(name) is None]
+
+
+def check_kernels(letters: str) -> None:
+    """See that a GPU has the kernels that these primitives are computed with.
+
+    Raises:
+        ComposerError: With what to install, and how to do without.
+    """
+    for letter in dict.fromkeys(letters):
+        if missing := missing_kernels(letter):
+            raise ComposerError(
+                f"{PRIMITIVES[letter].name} ({letter}) on a GPU needs {', '.join(missing)}, which is missing: pip "
+                f"install {_INSTALL[letter]}; or compute it by PyTorch, slowly: --backend-part recurrence=local"
+            )
 
 
 def check_packages(given: Flags, backend: Backend) -> None:

@@ -26,6 +26,7 @@ from composer_megatron.cut_interleaved import interleaved_cut
 from composer_megatron.errors import UsageError
 from composer_megatron.layout import Layout
 from composer_megatron.memory import Holding
+from composer_megatron.pattern import hybrid_pattern
 from composer_megatron.primitives import PRIMITIVES
 from composer_megatron.roofline import DEVICES, Device, Passes, UnitTimes, multi_token_prediction, predict
 from composer_megatron.roofline import transfer_seconds as predict_transfer
@@ -153,9 +154,8 @@ class Plan:
     @property
     def pattern(self) -> str:
         """Megatron's hybrid layer pattern: its alphabet, a bar between stages, prediction depths after a slash."""
-        symbols = "".join(PRIMITIVES[letter].megatron_symbol for letter in self.architecture.sequence)
-        stages = "|".join(symbols[start:end] for start, end in itertools.pairwise(borders_of(self.cut.counts)))
-        depth = "".join(PRIMITIVES[letter].megatron_symbol for letter in self.multi_token or ())
+        stages = hybrid_pattern(self.architecture.sequence, self.cut.counts)
+        depth = hybrid_pattern(self.multi_token) if self.multi_token else ""
         return f"{stages}/{depth}" if depth else stages
 
     def _balance(self, borders: Any, ranks: int) -> float:
@@ -170,7 +170,7 @@ class Plan:
     def _flops(self, letters: str, *, last: bool) -> int:
         shape, seq_len = self.architecture.shape, self.layout.seq_len
         rows = [PRIMITIVES[letter] for letter in letters]
-        flops = sum(6 * row.matrix_parameters(shape) + 3 * row.mixing_flops(shape, seq_len) // 2 for row in rows)
+        flops = sum(6 * row.active_parameters(shape) + 3 * row.mixing_flops(shape, seq_len) // 2 for row in rows)
         return flops + (6 * shape.vocab_size * shape.hidden_size if last else 0)
 
     def _parameters(self, texts: list[str]) -> list[int]:

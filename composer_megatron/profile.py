@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from composer_megatron.architecture import Architecture
+from composer_megatron.env import device_name, environment
 from composer_megatron.errors import FileError, UsageError
 from composer_megatron.files import read_json, write_json
 from composer_megatron.layout import Layout
-from composer_megatron.primitives import PRIMITIVES
 from composer_megatron.roofline import Passes, UnitTimes
 from composer_megatron.shape import Shape
 
@@ -75,7 +75,8 @@ class Profile:
                 raise UsageError(f"the profile was measured with {name}={measured}, the plan has {name}={planned}")
         missing = [letter for letter in architecture.sequence.counts if letter not in self.blocks]
         if missing:
-            raise UsageError(f"the profile has no times of {', '.join(missing)}: measure again with this version")
+            letters = "".join(architecture.sequence.counts)
+            raise UsageError(f"the profile has no times of {', '.join(missing)}: profile with --primitives {letters}")
         again = layout.recompute == "full"
         if layout.recompute == "selective":
             raise UsageError("a profile has no times of core attention alone: plan for recompute none or full")
@@ -134,11 +135,12 @@ class Profile:
             raise FileError(f"{path} is no whole profile: {problem}; measure again") from None
 
 
-def measure(shape: Shape, *, seq_len: int, micro_batch_size: int = 1, repeats: int = 5) -> Profile:
+def measure(shape: Shape, letters: str = "AM", *, seq_len: int, micro_batch_size: int = 1, repeats: int = 5) -> Profile:
     """Time each kind of block, the embedding and the loss head on this machine.
 
     Args:
         shape: The widths.
+        letters: The primitives to time.
         seq_len: Tokens in a sequence.
         micro_batch_size: Sequences in the micro-batch.
         repeats: Timed passes of each; the median counts, after two that do not.
@@ -150,16 +152,17 @@ def measure(shape: Shape, *, seq_len: int, micro_batch_size: int = 1, repeats: i
     for name, value in (("seq_len", seq_len), ("micro_batch_size", micro_batch_size), ("repeats", repeats)):
         if value < 1:
             raise UsageError(f"{name}={value}; expected at least 1")
+    from composer_megatron.checkpoint import group_of_one
     from composer_megatron.profile_passes import PassTimer
 
     timer = PassTimer(shape, seq_len, micro_batch_size)
-    with timer:
-        blocks = {letter: _median(timer.passes(letter), repeats) for letter in PRIMITIVES}
+    with group_of_one():
+        blocks = {letter: _median(timer.passes(letter), repeats) for letter in dict.fromkeys(letters)}
         quickest = min(blocks, key=lambda letter: sum(blocks[letter]))  # whose noise is least
         with_embedding = _median(timer.passes(quickest, embedding=True), repeats)
         with_head = _median(timer.passes(quickest, head=True), repeats)
     return Profile(
-        device=timer.device_name,
+        device=device_name(),
         dtype=timer.dtype_name,
         shape=shape,
         seq_len=seq_len,
@@ -167,7 +170,7 @@ def measure(shape: Shape, *, seq_len: int, micro_batch_size: int = 1, repeats: i
         blocks=blocks,
         embedding=_more(with_embedding, blocks[quickest]),
         head=_more(with_head, blocks[quickest]),
-        environment=timer.environment(),
+        environment=environment(),
     )
 
 

@@ -5,47 +5,25 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any
 
 import torch
 
 from composer_megatron.architecture import Architecture
-from composer_megatron.env import device_name, environment
-from composer_megatron.model import build_model, end_single_process
+from composer_megatron.model import build_model
 from composer_megatron.roofline import Passes
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import Shape
 
 
 class PassTimer:
-    """Builds stages of one block and times their passes over one micro-batch of random numbers.
-
-    As a context manager it ends the group of one process that it started, if it did.
-    """
+    """Builds stages of one block and times their passes over one micro-batch of random numbers."""
 
     def __init__(self, shape: Shape, seq_len: int, micro_batch_size: int) -> None:
         """Set the widths and the micro-batch."""
         self.shape = dataclasses.replace(shape, tied_embeddings=False)  # so that each stage has its own matrices
         self.seq_len, self.micro_batch_size = seq_len, micro_batch_size
         self.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        self.device_name, self.dtype_name = device_name(), str(self.dtype).removeprefix("torch.")
-        self._started_here = not torch.distributed.is_initialized()
-
-    def __enter__(self) -> PassTimer:
-        """Nothing to begin."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """End what was started."""
-        if self._started_here and torch.distributed.is_initialized():
-            end_single_process()
-
-    def environment(self) -> dict[str, Any]:
-        """Versions and devices."""
-        return environment()
+        self.dtype_name = str(self.dtype).removeprefix("torch.")
 
     def passes(self, letter: str, *, embedding: bool = False, head: bool = False) -> Callable[[], Passes]:
         """A function that runs and times one forward and one backward pass of a stage of one block.

@@ -193,7 +193,7 @@ def transfer_seconds(architecture: Architecture, layout: Layout, device: Device)
 def _block(row: Primitive, shape: Shape, layout: Layout, device: Device) -> Passes:
     tokens, ranks = layout.tokens, layout.tensor_parallel
     matrices = row.matrix_parameters(shape) / ranks
-    gemm = 2 * matrices * tokens / device.gemm
+    gemm = 2 * row.active_parameters(shape) / ranks * tokens / device.gemm
     mixing = row.mixing_flops(shape, layout.seq_len) / 2 * tokens / ranks
     core = Passes(mixing / device.attention_forward, 2.5 * mixing / device.attention_backward)
     # Between the matrices: the norm reads and writes, the residual addition reads twice and writes; backward as much

@@ -153,8 +153,8 @@ def simulate(schedule: Schedule, durations: Sequence[int], transfer: int = 0) ->
     for index, (duration, before, holds, sender, travels) in enumerate(nodes):
         free, arrived = ends[before] + holds * transfer, ends[sender] + travels * transfer
         ends[index] = (free if free >= arrived else arrived) + durations[duration]
-    index = max(range(len(nodes)), key=ends.__getitem__)
-    time, visits = ends[index], [0] * (2 * schedule.stages)
+    time, visits = max(ends), [0] * (2 * schedule.stages)
+    index = ends.index(time)
     while index >= 0:
         duration, before, holds, sender, travels = nodes[index]
         visits[duration] += 1

@@ -6,7 +6,6 @@ Nothing here needs Megatron.
 
 from __future__ import annotations
 
-import itertools
 import shlex
 from collections.abc import Sequence
 from types import MappingProxyType
@@ -15,8 +14,8 @@ from typing import Literal
 from composer_megatron.architecture import Architecture
 from composer_megatron.arguments import Flags, architecture_flags
 from composer_megatron.errors import UsageError
+from composer_megatron.pattern import hybrid_pattern
 from composer_megatron.pipeline import cut_sequence
-from composer_megatron.primitives import PRIMITIVES
 
 Script = Literal["hybrid", "gpt"]
 """Which of Megatron's scripts: ``pretrain_hybrid.py`` or ``pretrain_gpt.py``."""
@@ -52,12 +51,19 @@ def script_flags(
         seq_len: Tokens in a sequence, which the cost of attention depends on.
 
     Raises:
-        UsageError: If there are more stages than blocks, or several stages for a single rank.
+        UsageError: If there are more stages than blocks, several stages for a single rank, or blocks that the
+            script's model has not.
     """
     if virtual_stages > 1 and pipeline == 1:
         raise UsageError(f"{virtual_stages} virtual stages on one pipeline rank; use at least 2 ranks, or 1 stage")
+    if script == "gpt" and "S" in architecture.sequence.letters:
+        raise UsageError("Mamba-2 (S) has no place in Megatron's GPTModel; use the flags of its hybrid model")
     cut = cut_sequence(architecture, pipeline, virtual_stages=virtual_stages, seq_len=seq_len)
-    flags: Flags = {"--spec": SPECS[script]} | architecture_flags(architecture, _pattern(architecture, cut)) | _BLOCKS
+    flags: Flags = (
+        {"--spec": SPECS[script]}
+        | architecture_flags(architecture, hybrid_pattern(architecture.sequence, cut))
+        | _BLOCKS
+    )
     if pipeline > 1:
         flags["--pipeline-model-parallel-size"] = pipeline
     if script == "gpt":
@@ -66,12 +72,6 @@ def script_flags(
         if pipeline > 1:
             flags["--pipeline-model-parallel-layout"] = gpt_layout(cut)
     return flags
-
-
-def _pattern(architecture: Architecture, cut: Sequence[int]) -> str:
-    symbols = "".join(PRIMITIVES[letter].megatron_symbol for letter in architecture.sequence)
-    ends = itertools.accumulate(cut)
-    return "|".join(symbols[end - size : end] for size, end in zip(cut, ends, strict=True))
 
 
 def gpt_layout(cut: Sequence[int]) -> str:

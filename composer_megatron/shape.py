@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -11,6 +12,7 @@ from typing import Any
 
 from composer_megatron.errors import ShapeError
 from composer_megatron.files import read_json
+from composer_megatron.widths import DeltaNet, Experts, Latent, Mamba
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,11 @@ class Shape:
         rope_theta: Base of the rotary embedding.
         norm_epsilon: Added to the mean square in RMSNorm.
         init_std: Standard deviation of the initial weights.
+        window: Keys that a query of a sliding-window block sees, its own included.
+        experts: Widths of mixtures of experts; None for `Experts.default`.
+        mamba: Widths of Mamba-2; None for `Mamba.default`.
+        delta_net: Widths of Gated DeltaNet; None for `DeltaNet.default`.
+        latent: Widths of latent attention; None for `Latent.default`.
     """
 
     name: str
@@ -44,6 +51,11 @@ class Shape:
     rope_theta: int = 500_000
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
+    window: int = 1024
+    experts: Experts | None = None
+    mamba: Mamba | None = None
+    delta_net: DeltaNet | None = None
+    latent: Latent | None = None
 
     def __post_init__(self) -> None:
         """Raise a `ShapeError` that names the field, its value and what would do."""
@@ -63,6 +75,26 @@ class Shape:
 
     def _error(self, field: str, value: Any, expected: str) -> ShapeError:
         return ShapeError(f"shape {self.name!r}: {field}={value!r}; expected {expected}")
+
+    @property
+    def expert_widths(self) -> Experts:
+        """The widths of mixtures of experts, given or derived."""
+        return self.experts or Experts.default(self)
+
+    @property
+    def mamba_widths(self) -> Mamba:
+        """The widths of Mamba-2, given or derived."""
+        return self.mamba or Mamba.default(self)
+
+    @property
+    def delta_net_widths(self) -> DeltaNet:
+        """The widths of Gated DeltaNet, given or derived."""
+        return self.delta_net or DeltaNet.default(self)
+
+    @property
+    def latent_widths(self) -> Latent:
+        """The widths of latent attention, given or derived."""
+        return self.latent or Latent.default(self)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON values; `from_dict` reads them back."""
@@ -86,7 +118,18 @@ class Shape:
         missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in values]
         if missing:
             raise ShapeError(f"{where}: missing {', '.join(missing)}")
-        return cls(**values)
+        groups = {
+            name: group.from_dict(values[name], f"{where}: {name}")
+            for name, group in _GROUPS.items()
+            if values.get(name) is not None
+        }
+        return cls(**(values | groups))
+
+
+_GROUPS: Mapping[str, type[Experts] | type[Mamba] | type[DeltaNet] | type[Latent]] = MappingProxyType(
+    {"experts": Experts, "mamba": Mamba, "delta_net": DeltaNet, "latent": Latent}
+)
+"""The widths of single primitives by their field of `Shape`."""
 
 
 def _head_dim(values: dict[str, Any], where: str) -> int:

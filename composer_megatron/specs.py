@@ -8,20 +8,26 @@ It builds on the backend of the machine; `composite_stack_spec_composer`, `_loca
 norm, attention and projections, and with ``--use-te-activation-func --no-bias-swiglu-fusion`` the activation. The other
 parts of a backend belong to the training program: `composer_megatron.train` sets them.
 
-Our letters never reach Megatron: its ``M`` is a Mamba block. `hybrid_pattern` translates.
+Our letters never reach Megatron: its ``M`` is a Mamba block. `composer_megatron.pattern` translates.
 """
 
 import functools
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
@@ -32,40 +38,16 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from composer_megatron.backend import Backend, get_backend
-from composer_megatron.errors import ComposerError, UsageError
+from composer_megatron.errors import ComposerError
 from composer_megatron.layers.block import CompositeLayer
-from composer_megatron.primitives import PRIMITIVES
-from composer_megatron.sequence import CompositeSequence
+from composer_megatron.layers.delta_net import DeltaNet
+from composer_megatron.layers.latent_attention import LatentAttention
+from composer_megatron.layers.mamba import Mamba2Layer, Mamba2Mixer
 from composer_megatron.stack import CompositeStack
-
-STAGE_SEPARATOR = "|"
-"""Stands between pipeline stages in a hybrid layer pattern."""
-
-
-def hybrid_pattern(sequence: CompositeSequence, stages: Sequence[int] | None = None) -> str:
-    """The sequence in Megatron-core's alphabet, cut into pipeline stages.
-
-    >>> hybrid_pattern(CompositeSequence.parse("2A4M2A"), [4, 4])
-    '**--|--**'
-
-    Args:
-        sequence: The blocks.
-        stages: Blocks in each stage, in order; None for one stage. Interleaved schedules have more stages than ranks:
-            stage i then belongs to rank i modulo the pipeline size.
-
-    Raises:
-        UsageError: If the stages' blocks are not those of the sequence.
-    """
-    letters = "".join(PRIMITIVES[letter].megatron_symbol for letter in sequence)
-    counts = [len(letters)] if stages is None else list(stages)
-    if any(count < 0 for count in counts) or sum(counts) != len(letters):
-        raise UsageError(f"stages of {counts} blocks; expected whole numbers that sum to {len(letters)} for {sequence}")
-    ends = list(itertools.accumulate(counts))
-    return STAGE_SEPARATOR.join(letters[end - count : end] for count, end in zip(counts, ends, strict=True))
 
 
 def attention_spec(backend: Backend) -> ModuleSpec:
-    """One block of grouped-query attention: ``x + out(attention(qkv(norm(x))))``."""
+    """One block of grouped-query attention, ``x + out(attention(qkv(norm(x))))``; its window the configuration has."""
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -75,28 +57,101 @@ def attention_spec(backend: Backend) -> ModuleSpec:
             linear_proj=backend.linear.use.row_parallel,
         ),
     )
-    return ModuleSpec(
-        module=CompositeLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=backend.norm.use, self_attention=attention, self_attn_bda=get_bias_dropout_add
-        ),
-    )
+    return _mixing_block(backend, attention)
 
 
 def mlp_spec(backend: Backend) -> ModuleSpec:
     """One block of SwiGLU, gate and up in one matrix: ``x + down(silu(gate(norm(x))) · up(norm(x)))``."""
-    mlp = functools.partial(
-        MLP.as_mlp_submodule,
-        submodules=MLPSubmodules(
-            linear_fc1=backend.linear.use.column_parallel,
-            linear_fc2=backend.linear.use.row_parallel,
-            activation_func=backend.activation.use,
+    mlp = functools.partial(MLP.as_mlp_submodule, submodules=_swiglu(backend))
+    return ModuleSpec(
+        module=CompositeLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=backend.norm.use, mlp=mlp, mlp_bda=get_bias_dropout_add
+        ),
+    )
+
+
+def _swiglu(backend: Backend) -> MLPSubmodules:
+    return MLPSubmodules(
+        linear_fc1=backend.linear.use.column_parallel,
+        linear_fc2=backend.linear.use.row_parallel,
+        activation_func=backend.activation.use,
+    )
+
+
+def experts_spec(backend: Backend) -> ModuleSpec:
+    """One mixture of experts: a router, SwiGLU MLPs one after the other, and one for all tokens where there is one."""
+    mlp = _swiglu(backend)
+    experts = functools.partial(
+        MoELayer,
+        submodules=MoESubmodules(
+            experts=functools.partial(SequentialMLP, submodules=mlp),
+            shared_experts=functools.partial(SharedExpertMLP, submodules=mlp),
         ),
     )
     return ModuleSpec(
         module=CompositeLayer,
         submodules=TransformerLayerSubmodules(
-            pre_mlp_layernorm=backend.norm.use, mlp=mlp, mlp_bda=get_bias_dropout_add
+            pre_mlp_layernorm=backend.norm.use, mlp=experts, mlp_bda=get_bias_dropout_add
+        ),
+    )
+
+
+def mamba_spec(backend: Backend) -> ModuleSpec:
+    """One block of Mamba-2."""
+    mixer = ModuleSpec(
+        module=Mamba2Mixer,
+        params={"kernels": backend.recurrence.use},
+        submodules=MambaMixerSubmodules(
+            in_proj=backend.linear.use.column_parallel, out_proj=backend.linear.use.row_parallel
+        ),
+    )
+    return ModuleSpec(
+        module=Mamba2Layer,
+        submodules=MambaLayerSubmodules(norm=backend.norm.use, mixer=mixer, mamba_bda=get_bias_dropout_add),
+    )
+
+
+def delta_net_spec(backend: Backend) -> ModuleSpec:
+    """One block of Gated DeltaNet."""
+    mixer = ModuleSpec(
+        module=DeltaNet,
+        params={"kernels": backend.recurrence.use},
+        submodules=GatedDeltaNetSubmodules(
+            in_proj=backend.linear.use.column_parallel,
+            out_norm=backend.norm.use,
+            out_proj=backend.linear.use.row_parallel,
+        ),
+    )
+    return _mixing_block(backend, mixer)
+
+
+def latent_attention_spec(backend: Backend) -> ModuleSpec:
+    """One block of latent attention."""
+    column, norm = backend.linear.use.column_parallel, backend.norm.use
+    attention = ModuleSpec(
+        module=LatentAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=column,
+            linear_q_down_proj=column,
+            linear_q_up_proj=column,
+            linear_kv_down_proj=column,
+            linear_kv_up_proj=column,
+            core_attention=backend.attention.use,
+            linear_proj=backend.linear.use.row_parallel,
+            q_layernorm=norm,
+            kv_layernorm=norm,
+        ),
+    )
+    return _mixing_block(backend, attention)
+
+
+def _mixing_block(backend: Backend, mixer: ModuleSpec) -> ModuleSpec:
+    return ModuleSpec(
+        module=CompositeLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=backend.norm.use, self_attention=mixer, self_attn_bda=get_bias_dropout_add
         ),
     )
 
@@ -112,6 +167,11 @@ LAYERS: Mapping[str, LayerRow] = MappingProxyType(
     {
         "A": LayerRow("attention_layer", attention_spec),
         "M": LayerRow("mlp_layer", mlp_spec),
+        "W": LayerRow("attention_layer", attention_spec),
+        "E": LayerRow("moe_layer", experts_spec),
+        "S": LayerRow("mamba_layer", mamba_spec),
+        "G": LayerRow("gdn_layer", delta_net_spec),
+        "L": LayerRow("mla_layer", latent_attention_spec),
     }
 )
 """One layer spec for each primitive of `composer_megatron.primitives`, by its letter."""

@@ -26,8 +26,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import WrappedTensor, deprecate_inference_params, log_single_rank, make_viewless_tensor
 from torch import Tensor, nn
 
-from composer_megatron.guards import check_schedule
+from composer_megatron.errors import UsageError
+from composer_megatron.guards import check_joined_rope, check_schedule, check_tensor_parallelism
 from composer_megatron.layers.block import CompositeLayer, Inputs, Stream
+from composer_megatron.layers.mamba import Mamba2Layer
 from composer_megatron.layers.norm import RMSNorm
 
 _LOGGER = logging.getLogger(__name__)
@@ -69,7 +71,9 @@ class CompositeStack(HybridStack):
             kwargs: As for `HybridStack`.
         """
         check_schedule(config)
+        check_joined_rope(config)
         super().__init__(config, submodules, *args, post_layer_norm=False, **kwargs)
+        check_tensor_parallelism(self.layer_type_list, config)
         self.post_layer_norm = post_layer_norm
         if self.post_process and post_layer_norm:
             self.final_norm = final_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
@@ -93,7 +97,7 @@ class CompositeStack(HybridStack):
         return next((reason for reason, holds in reasons.items() if holds), None)
 
     def _has_known_parts(self) -> bool:
-        layers = all(isinstance(layer, CompositeLayer) and layer.is_block() for layer in self.layers)
+        layers = all(isinstance(layer, CompositeLayer | Mamba2Layer) and layer.is_block() for layer in self.layers)
         return layers and isinstance(getattr(self, "final_norm", None), RMSNorm | None)
 
     def forward(
@@ -117,15 +121,23 @@ class CompositeStack(HybridStack):
             rotary_pos_emb: Angles.
             inference_params: Megatron's former name of `inference_context`.
             packed_seq_params: Where packed sequences end.
-            padding_mask: For mixtures of experts; no block of ours has any.
+            padding_mask: True for padding, which mixtures of experts do not count; residual additions are then unfused.
 
         Returns:
             Hidden states of the same shape.
+
+        Raises:
+            UsageError: If rotary embeddings on the joined tensor are to serve packed sequences or generation.
         """
         context = deprecate_inference_params(inference_context, inference_params)
+        if self.config.fused_single_qkv_rope and (context is not None or packed_seq_params is not None):
+            what = "packed sequences" if context is None else "generation"
+            raise UsageError(
+                f"fused_single_qkv_rope=True (--backend-part rope=qkv) does not serve {what}: leave it out"
+            )
         inputs = Inputs(attention_mask, context, rotary_pos_emb, packed_seq_params)
         with self._random_generator():
-            if self.unfused_because is None:
+            if self.unfused_because is None and padding_mask is None:
                 return self._forward_fused(hidden_states if self.pre_process else self.input_tensor, inputs)
             output = super().forward(
                 hidden_states,

@@ -67,7 +67,7 @@ def survey(
         smallest = min(candidates, key=least.__getitem__)
         raise UsageError(
             f"no layout of {gpus} GPUs keeps {limit / 1e9:.1f} GB: the least needs {least[smallest] / 1e9:.1f} GB "
-            f"on some GPU ({describe(smallest)}); use more GPUs, or a larger limit"
+            f"on some GPU ({smallest}); use more GPUs, or a larger limit"
         )
     roomy.sort(key=lambda layout: _hoped_seconds(architecture, layout, device))
     plans: list[Plan] = []
@@ -86,19 +86,6 @@ def survey(
 def default_batch(gpus: int, seq_len: int) -> int:
     """Sequences in a step where nothing is said: about 4 million tokens, a whole number for each GPU."""
     return gpus * max(1, round(_STEP_TOKENS / seq_len / gpus))
-
-
-def describe(layout: Layout) -> str:
-    """A layout in a line."""
-    sizes = {
-        "tp": layout.tensor_parallel,
-        "cp": layout.context_parallel,
-        "pp": layout.pipeline_parallel,
-        "vpp": layout.virtual_stages,
-        "dp": layout.data_parallel,
-    }
-    text = " ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one GPU each for itself"
-    return f"{text}, micro-batch {layout.micro_batch_size}, recompute {layout.recompute}"
 
 
 def _layouts(architecture: Architecture, gpus: int, device: Device, seq_len: int, batch: int) -> Iterator[Layout]:

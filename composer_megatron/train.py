@@ -25,19 +25,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from composer_megatron import arguments, cpu, guards
+from composer_megatron import arguments, cpu, data_flags, guards, runfile
 from composer_megatron.architecture import Architecture
 from composer_megatron.arguments import Flags, Options
 from composer_megatron.errors import ComposerError, FileError, UsageError
 from composer_megatron.files import naming, write_text
 from composer_megatron.layout import Layout
 from composer_megatron.metrics import MetricsLog, tee
+from composer_megatron.mixture import Mixture
 from composer_megatron.optimizer import checkpoint_flags
-from composer_megatron.packages import check_packages
+from composer_megatron.packages import check_kernels, check_packages
 from composer_megatron.pipeline import cut_sequence
 from composer_megatron.quiet import hush_imports
+from composer_megatron.raw import RawMixture
 from composer_megatron.resume import Resumption
-from composer_megatron.text.folder import TextInfo, load_text_folder
 
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -90,8 +91,14 @@ def run(options: Options) -> None:
     command_line = megatron_command_line(options)
     cpu.prepare_training()
     args = _parse_and_validate(command_line, debug=options.debug)
+    text = data_flags.load_text(options)
+    args.text_names = text.names if text is not None and len(text.names) > 1 else ()
     if options.run_dir is not None and args.rank == 0:
-        _fill_run_dir(options.run_dir, Architecture.load(options.architecture), options.text)
+        _fill_run_dir(options.run_dir, Architecture.load(options.architecture), text.tokenizer if text else None)
+        checksums = text.checksums if text else ()
+        runfile.record(options.run_dir, runfile.start_of(options.argv, args.world_size, command_line, checksums))
+        for line in runfile.differences(options.repeat, args.world_size) if options.repeat else ():
+            print(f"note: unlike {options.repeat}: {line}", file=sys.stderr, flush=True)
     backend = _backend(options)
     if args.rank == 0:
         print(backend.report(Architecture.load(options.architecture).shape, args.params_dtype), flush=True)
@@ -99,7 +106,7 @@ def run(options: Options) -> None:
             print("checkpoints of the optimizer load under any parallel sizes (--dist-ckpt-optim-fully-reshardable)")
     resumption = Resumption()
     with _metrics(options.run_dir, resumption, args):
-        _pretrain(args, backend, resumption)
+        _pretrain(args, backend, resumption, text)
 
 
 def megatron_command_line(options: Options, processes: int | None = None) -> list[str]:
@@ -117,9 +124,11 @@ def megatron_command_line(options: Options, processes: int | None = None) -> lis
     _prepare_process()
     architecture = Architecture.load(options.architecture)
     given = arguments.given_flags(options.megatron)
-    text = None if options.text is None else load_text_folder(options.text)
+    text = data_flags.load_text(options)
+    if options.repeat is not None:
+        runfile.check_text(options.repeat, text.checksums if text else ())
     if options.run_dir is not None:
-        _check_run_dir(options.run_dir, architecture, text)
+        _check_run_dir(options.run_dir, architecture, text.tokenizer if text else None)
     world_size = int(os.environ["WORLD_SIZE"]) if processes is None else processes
     ours = _flags(architecture, text, options, given, world_size)
     model = arguments.architecture_flags(architecture, _pattern(architecture, None))
@@ -127,16 +136,21 @@ def megatron_command_line(options: Options, processes: int | None = None) -> lis
         folders = (given.get(name, ours.get(f"--{name}")) for name in ("load", "save"))
         for folder in dict.fromkeys(folder for folder in folders if folder is not None):
             guards.check_checkpoints(Path(folder), architecture)
+    loaded = given.get("load", ours.get("--load"))
+    if loaded is not None and not any(given.get(name) for name in ("no_load_optim", "finetune")):
+        guards.check_optimizer(Path(loaded), distributed=bool(given.get("use_distributed_optimizer")))
     return arguments.command_line(ours, given, options.megatron)
 
 
-def _flags(architecture: Architecture, text: TextInfo | None, options: Options, given: Flags, world_size: int) -> Flags:
+def _flags(
+    architecture: Architecture, text: Mixture | RawMixture | None, options: Options, given: Flags, world_size: int
+) -> Flags:
     """What the architecture, the folders and the machine stand for, whether or not the user gave some of it."""
     gpu, run_dir = cpu.has_gpu(), options.run_dir
     schedule = arguments.schedule_flags(given, gpu=gpu)
     seq_length = schedule["--seq-length"]
     if "spec" not in given:  # whose blocks those flags may be for
-        guards.check_flags(given)
+        guards.check_flags(given, architecture)
     layout = guards.check_layout(
         architecture,
         {"micro_batch_size": schedule["--micro-batch-size"]} | given,
@@ -153,11 +167,14 @@ def _flags(architecture: Architecture, text: TextInfo | None, options: Options, 
     if contradictions and os.environ["RANK"] == "0":
         print(f"note: training another model than the architecture's: {'; '.join(contradictions)}", file=sys.stderr)
     if text is not None:
-        arguments.check_text(text, architecture, seq_length)
+        text.check(architecture, seq_length)
     backend = _backend(options)
     check_packages(given, backend)
+    if gpu and backend.recurrence.use and "spec" not in given:
+        check_kernels(architecture.sequence.letters)
     flags |= arguments.machine_flags(gpu=gpu, fp32=options.fp32) | arguments.backend_flags(backend) | schedule
-    flags |= arguments.data_flags(text, given, architecture, run_dir) | checkpoint_flags(given)
+    flags |= data_flags.data_flags(text, given, architecture, run_dir) | checkpoint_flags(given)
+    flags |= data_flags.document_flags(given, architecture, document_masks=options.document_masks)
     if run_dir is not None:
         flags |= arguments.run_dir_flags(run_dir, schedule["--train-iters"])
     elif "save" in given:
@@ -187,7 +204,7 @@ def _asynchronous_saving() -> Flags:
 
 def _pattern(architecture: Architecture, layout: Layout | None) -> str:
     """The sequence in Megatron's letters, cut for the layout; whole where there is none."""
-    from composer_megatron.specs import hybrid_pattern
+    from composer_megatron.pattern import hybrid_pattern
 
     if layout is None:
         return hybrid_pattern(architecture.sequence)
@@ -216,22 +233,22 @@ def _prepare_process() -> None:
     warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled")  # a checkpoint's small part is read so
 
 
-def _check_run_dir(run_dir: Path, architecture: Architecture, text: TextInfo | None) -> None:
+def _check_run_dir(run_dir: Path, architecture: Architecture, tokenizer: Path | None) -> None:
     """See that the run found there, if any, is of the same model and tokenizer."""
     known = run_dir / "architecture.json"
     if known.exists():
         guards.check_same(Architecture.load(known), architecture, known)
-    tokenizer = run_dir / "tokenizer.json"
-    if text is not None and tokenizer.exists() and _read(tokenizer) != _read(text.tokenizer):
-        raise UsageError(f"{run_dir} is a run with another tokenizer than {text.folder}; choose another --run-dir")
+    own = run_dir / "tokenizer.json"
+    if tokenizer is not None and own.exists() and _read(own) != _read(tokenizer):
+        raise UsageError(f"{run_dir} is a run with another tokenizer than {tokenizer}; choose another --run-dir")
 
 
-def _fill_run_dir(run_dir: Path, architecture: Architecture, text: Path | None) -> None:
+def _fill_run_dir(run_dir: Path, architecture: Architecture, tokenizer: Path | None) -> None:
     """Copy what later stages need beside the checkpoints."""
     if not (run_dir / "architecture.json").exists():
         architecture.save(run_dir / "architecture.json")
-    if text is not None and not (run_dir / "tokenizer.json").exists():
-        write_text(run_dir / "tokenizer.json", _read(text / "tokenizer.json"))
+    if tokenizer is not None and not (run_dir / "tokenizer.json").exists():
+        write_text(run_dir / "tokenizer.json", _read(tokenizer))
 
 
 def _read(path: Path) -> str:
@@ -292,7 +309,7 @@ def _metrics(run_dir: Path | None, resumption: Resumption, args: Namespace) -> I
             writer.close()
 
 
-def _pretrain(args: Namespace, backend: "Backend", resumption: Resumption) -> None:
+def _pretrain(args: Namespace, backend: "Backend", resumption: Resumption, text: Mixture | RawMixture | None) -> None:
     """Hand over to Megatron's training loop."""
     import torch.distributed
     from megatron.core.datasets import utils as dataset_utils
@@ -310,24 +327,31 @@ def _pretrain(args: Namespace, backend: "Backend", resumption: Resumption) -> No
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         # The wheel brings these compiled, and no Makefile: Megatron would fail to compile them again, and exit.
         dataset_utils.compile_helpers = lambda: None
+    datasets, load, save = train_valid_test_datasets, training.load_checkpoint, training.save_checkpoint
+    if isinstance(text, RawMixture):
+        from composer_megatron.streaming import StreamedText
+
+        stream = StreamedText(text)
+        datasets, load, save = stream.datasets, stream.loading(load), stream.saving(save)
     older = "restore it, or put the number of an older one into latest_checkpointed_iteration.txt"
     training.load_checkpoint = _with_clear_errors(
-        resumption.loading(with_clear_resharding(training.load_checkpoint), args),
+        resumption.loading(with_clear_resharding(load), args),
         f"load the checkpoint in {args.load}",
         older,
     )
     again = "make room; the same command goes on from the checkpoint before it"
-    training.save_checkpoint = _with_clear_errors(training.save_checkpoint, f"save a checkpoint in {args.save}", again)
+    training.save_checkpoint = _with_clear_errors(save, f"save a checkpoint in {args.save}", again)
     prepare_optimizer(backend.optimizer.use)
     backend.install()  # before the configuration, which is refused where it asks for what is not there
     with _refusing_flags():
         config = hybrid_config_from_args(args, model_config_cls=CompositeModelConfig)
         config.loss = backend.loss.use
+        config.transformer.fused_single_qkv_rope = args.apply_rope_fusion and backend.rope.use.joined
         if args.spec is None:
             config.hybrid_stack_spec = stack_spec(backend)
             config.pre_wrap_hooks.append(_initialize_weights)
         container = pretrain_cfg_container_from_args(args, config)
-    training.pretrain(container, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
+    training.pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step)
     torch.distributed.destroy_process_group()
 
 

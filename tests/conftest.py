@@ -29,6 +29,7 @@ NUMBERS = {
     "rope": (16, 1, 4, 2, 8),
     "attention": (2, 32, 4, 2, 16),
     "decode_attention": (2, 64, 2, 2, 16, 16),
+    "linear_decode": (2, 24, 64, True, True),
     "wgrad_accumulate": (32, 16, 8),
 }
 """Arguments of `Shape` for the others."""

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,15 @@ PACKAGES = {
     "composer_megatron": ROOT / "composer_megatron",
     "composer_search": ROOT / "search" / "composer_search",
 }
-FRONT_DOORS = {"commands.py"}
-"""The program itself calls every room."""
+FRONT_DOOR = PACKAGES["composer_megatron"] / "commands"
+"""The program's commands call every room."""
 MEGATRON_FREE = {
     *("errors", "files", "primitives", "sequence", "shape", "architecture", "env", "layout", "schedule", "roofline"),
+    *("profile", "systems", "widths"),
     *("text.corpus", "text.documents", "text.folder", "text.tokenizing"),
 }
+TORCH_ALONE = {"recurrences"}
+"""Shared, too, and more than light: they import torch, and nothing else."""
 MODULES = [(name, path) for name, folder in PACKAGES.items() for path in sorted(folder.rglob("*.py"))]
 
 
@@ -42,20 +46,47 @@ def test_arrows_point_one_way(package: str, path: Path) -> None:
     if package == "composer_kernels":
         third_party = tops(path) - set(sys.stdlib_module_names)
         assert third_party <= {"composer_kernels", "torch", "triton"}
-    if package == "composer_megatron" and path.name not in FRONT_DOORS:
+    if package == "composer_megatron" and path.parent != FRONT_DOOR:
         assert "composer_search" not in tops(path)
     if package == "composer_search":
         assert "megatron" not in tops(path)
         ours = {
             name.removeprefix("composer_megatron.") for name in imports(path) if name.startswith("composer_megatron.")
         }
-        assert all(any(f"{name}.".startswith(f"{free}.") for free in MEGATRON_FREE) for name in ours if name != "text")
+        shared = MEGATRON_FREE | TORCH_ALONE
+        assert all(any(f"{name}.".startswith(f"{free}.") for free in shared) for name in ours if name != "text")
+
+
+def test_every_package_and_data_file_is_installed() -> None:
+    """What ``pip install .`` copies is listed by hand: a folder that is not listed is missing in the wheel alone."""
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {
+        ".".join((name, *path.parent.relative_to(folder).parts)): path.parent
+        for name, folder in PACKAGES.items()
+        for path in folder.rglob("__init__.py")
+    }
+    assert sorted(tool["packages"]) == sorted(folders)
+    listed = {
+        path for name, folder in PACKAGES.items() for each in tool["package-data"][name] for path in folder.glob(each)
+    }
+    data = {
+        path
+        for folder in PACKAGES.values()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".pyc" and not (path.suffix == ".py" and path.parent in folders.values())
+    }
+    assert sorted(data) == sorted(listed)
 
 
 @pytest.mark.parametrize("name", sorted(MEGATRON_FREE))
 def test_shared_modules_import_no_megatron(name: str) -> None:
     path = PACKAGES["composer_megatron"] / f"{name.replace('.', '/')}.py"
     assert not tops(path) & {"megatron", "torch"}
+
+
+@pytest.mark.parametrize("name", sorted(TORCH_ALONE))
+def test_shared_modules_of_torch_import_nothing_else(name: str) -> None:
+    assert tops(PACKAGES["composer_megatron"] / f"{name}.py") <= {"torch", *sys.stdlib_module_names}
 
 
 def test_importing_starts_no_cuda_and_loads_nothing_heavy() -> None:

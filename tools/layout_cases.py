@@ -24,18 +24,20 @@ SHAPE = Shape(
     tied_embeddings=True,
     baseline_pairs=1,
     init_std=0.2,  # large: attention must matter to the loss
+    window=5,  # shorter than the sequences
 )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Parallel sizes of a run, and how its pipeline is cut."""
+    """Parallel sizes of a run, and how its pipeline is cut; experts are spread over the data-parallel ranks."""
 
     tp: int = 1
     pp: int = 1
     vpp: int = 1
     cp: int = 1
     dp: int = 1
+    ep: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     cut: str = "equal"
@@ -50,7 +52,7 @@ class Layout:
         sizes, _, cut = text.partition("@")
         found: dict[str, Any] = {"cut": cut or "equal"}
         for part in sizes.split("x"):
-            match = re.fullmatch(r"(TP|PP|VPP|CP|DP)([1-9]\d*)(\+SP|\+DO)?", part)
+            match = re.fullmatch(r"(TP|PP|VPP|CP|DP|EP)([1-9]\d*)(\+SP|\+DO)?", part)
             if match is None:
                 raise UsageError(
                     f"layout {text!r}: {part!r} is none of TP2, TP2+SP, PP4, VPP2, CP2, DP2+DO and the like"

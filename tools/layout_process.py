@@ -23,6 +23,8 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -31,7 +33,8 @@ from composer_megatron import cpu
 from composer_megatron.backend import get_backend
 from composer_megatron.files import append_json_line
 from composer_megatron.model import CompositeModel, initialize_weights, transformer_config
-from composer_megatron.specs import hybrid_pattern, stack_spec
+from composer_megatron.pattern import hybrid_pattern
+from composer_megatron.specs import stack_spec
 
 SEQUENCE_LENGTH, MICRO_BATCHES, MICRO_BATCH_SIZE = 16, 4, 2
 TIMEOUT = timedelta(seconds=120)
@@ -68,6 +71,7 @@ def process_groups(layout: Layout, rank: int, store: Path) -> Iterator[None]:
         layout.pp,
         layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -92,6 +96,7 @@ def build_stages(case: Case, seed: int) -> list[CompositeModel]:
         deallocate_pipeline_outputs=True,  # as Megatron's training always does; see `CompositeStack` on empty stages
         finalize_model_grads_func=finalize_model_grads,
     )
+    destroy_moe_metrics_tracker()  # it is as long as the first model of a process is deep
     stages = []
     for number in range(layout.vpp):
         place = {"ignore_virtual": False, "vp_stage": number if virtual else None}
@@ -137,6 +142,7 @@ def _reference(case: Case, folder: Path) -> Result:
     """One process: save weights as a checkpoint, and what they should give."""
     (model,) = build_stages(case, seed=1)
     _save([model], folder / case.reference_name)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / MICRO_BATCHES))  # as Megatron's schedules do
     losses = [losses_of(model, batch).mean() for batch in micro_batches()]
     torch.stack(losses).mean().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -232,7 +238,8 @@ class Piece(NamedTuple):
         ranks: Coordinates of the rank that holds it, without the tensor-parallel one: ranks that differ hold copies.
         part: Which part it is, and None where the tensor is not split.
         dim: Along which dimension.
-        blocks: How many blocks along that dimension are split each for itself: two for gate and up in one matrix.
+        blocks: Rows of each block of it along that dimension, where several matrices in one, such as gate and up, are
+            split each for itself.
         gradient: The values.
     """
 
@@ -240,7 +247,7 @@ class Piece(NamedTuple):
     ranks: tuple[int, ...]
     part: int | None
     dim: int
-    blocks: int
+    blocks: tuple[int, ...]
     gradient: Tensor
 
 
@@ -253,7 +260,9 @@ def _pieces(stages: Sequence[CompositeModel]) -> list[Piece]:
             split = size > 1 and getattr(parameter, "tensor_model_parallel", False)
             # Ranks of a tensor-parallel group are neighbours. A copy of a tensor that is not split counts for itself.
             ranks = (number, world // size if split else world)
-            dim, blocks = (parameter.partition_dim, parameter.partition_stride) if split else (0, 1)
+            dim = parameter.partition_dim if split else 0
+            stride, rows = getattr(parameter, "partition_stride", 1), parameter.shape[dim]
+            blocks = tuple(getattr(parameter, "partition_sizes", None) or [rows // stride] * stride)
             gradient = parameter.main_grad.detach().cpu()
             pieces.append(
                 Piece(_whole_name(stage, local), ranks, tensor_rank if split else None, dim, blocks, gradient)
@@ -262,9 +271,12 @@ def _pieces(stages: Sequence[CompositeModel]) -> list[Piece]:
 
 
 def _whole_name(stage: CompositeModel, name: str) -> str:
-    """The name in the whole model: blocks counted from the first one, the tied copy under its original's name."""
+    """The name in the whole model: blocks and experts counted from the first, the tied copy by its original's name."""
     if name == "output_layer.weight" and stage.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
+    expert = parallel_state.get_expert_model_parallel_rank() * (stage.config.num_moe_experts or 0)
+    first = expert // parallel_state.get_expert_model_parallel_world_size()
+    name = re.sub(r"local_experts\.(\d+)", lambda found: f"local_experts.{first + int(found[1])}", name)
     return re.sub(
         r"^decoder\.layers\.(\d+)",
         lambda found: f"decoder.layers.{stage.decoder.layers[int(found[1])].layer_number - 1}",
@@ -291,8 +303,8 @@ def _join(parts: Sequence[Piece]) -> Tensor:
     """The whole tensor of the parts that tensor-parallel ranks hold."""
     ordered = sorted(parts, key=lambda piece: piece.part or 0)
     dim, blocks = ordered[0].dim, ordered[0].blocks
-    split = [piece.gradient.chunk(blocks, dim) for piece in ordered]
-    return torch.cat([torch.cat([chunks[block] for chunks in split], dim) for block in range(blocks)], dim)
+    split = [piece.gradient.split(blocks, dim) for piece in ordered]
+    return torch.cat([torch.cat(chunks, dim) for chunks in zip(*split, strict=True)], dim)
 
 
 def _gather[T](values: list[T]) -> list[T]:
@@ -322,8 +334,24 @@ def _load(stages: Sequence[CompositeModel], folder: Path) -> None:
 
 
 def _is_saved(weights: dict[str, Tensor], folder: Path) -> bool:
-    """Whether the checkpoint, read by PyTorch's own reader, holds just these tensors."""
+    """Whether the checkpoint, read by PyTorch's own reader, holds just these tensors.
+
+    Of those that Megatron saves in parts, or several as one, the values count and not their order: that the order is
+    right, loading shows.
+    """
     whole = folder / "whole.pt"
     dcp_to_torch_save(folder, whole)
     found = {name: value for name, value in torch.load(whole).items() if isinstance(value, Tensor)}
-    return found.keys() == weights.keys() and all(torch.equal(found[name], value) for name, value in weights.items())
+    same = {name for name in found.keys() & weights.keys() if torch.equal(found[name], weights[name])}
+    ours, theirs = (_grouped({name: part[name] for name in part.keys() - same}) for part in (weights, found))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def _grouped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sorted values of what Megatron saves under one stem: experts together, matrices in one each for itself."""
+    groups = defaultdict(list)
+    for name, value in tensors.items():
+        stem = re.sub(r"experts\.(local_experts\.\d+|experts)\.", "experts.", name)
+        stem = re.sub(r"(\.weight|\.bias|_weight|_bias)(\.\w+)?$", r"\1", stem).replace("conv1d_", "conv1d.")
+        groups[stem].append(value.flatten())
+    return {name: torch.cat(values).sort().values for name, values in groups.items()}

@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{NAME}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print(f"{NAME}: interrupted; nothing was written", file=sys.stderr)
+        print(f"{NAME}: interrupted; the same command goes on with what is finished", file=sys.stderr)
         sys.exit(130)
     if given.json_output:
         print(json.dumps({"folder": str(info.folder)} | info.as_dict(), indent=2, ensure_ascii=False))

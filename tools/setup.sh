@@ -35,5 +35,5 @@ fi
 
 echo "setup: $("$python" --version) at $python -> .venv (torch brings 5 GB; about two minutes)"
 [ -x .venv/bin/python ] && new_enough .venv/bin/python || { rm -rf .venv; "$python" -m venv .venv; }
-.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[search,train,hf,dev]"
+.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[search,train,hf,eval,dev]"
 echo "$wanted" > $stamp

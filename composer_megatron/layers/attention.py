@@ -45,6 +45,8 @@ class CoreAttention(MegatronModule, ABC):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ) -> None:
         """Build the layer.
 
@@ -58,6 +60,8 @@ class CoreAttention(MegatronModule, ABC):
             cp_comm_type: How ranks of the context-parallel group exchange keys and values: "all_gather", or "p2p",
                 which is Megatron's default and gives the same result.
             pg_collection: Has the context-parallel group; None for Megatron's own.
+            k_channels: Width of a key's head, where latent attention has another one than a value's.
+            v_channels: Width of a value's head, likewise.
 
         Raises:
             UsageError: If the configuration asks for what this attention cannot do.
@@ -70,6 +74,8 @@ class CoreAttention(MegatronModule, ABC):
             asked = f"attention_type={attention_type!r}, attn_mask_type={attn_mask_type.name}"
             raise UsageError(f"{asked}: this attention is causal self-attention")
         if config.context_parallel_size > 1:
+            if k_channels is not None:
+                raise UsageError("L (latent attention) knows no context parallelism here; use tensor parallelism")
             if cp_comm_type not in (None, "p2p", "all_gather"):
                 raise UsageError(f"cp_comm_type={cp_comm_type!r} is not supported by this attention; use 'all_gather'")
             prepare_context_parallelism()

@@ -9,7 +9,6 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -55,7 +54,7 @@ class CompositeLayer(TransformerLayer):
         mlp = (self.pre_mlp_layernorm, self.mlp, self.mlp_bda)
         (norm, body, add), (_, other, _) = (attention, mlp) if self._is_attention() else (mlp, attention)
         lone_body = isinstance(other, IdentityOp) and isinstance(self.cross_attention, IdentityOp)
-        known = isinstance(norm, RMSNorm) and not isinstance(body, IdentityOp | MoELayer)
+        known = isinstance(norm, RMSNorm) and not isinstance(body, IdentityOp)
         return lone_body and known and add is get_bias_dropout_add
 
     def _is_attention(self) -> bool:

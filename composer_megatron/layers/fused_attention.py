@@ -26,8 +26,8 @@ class FusedCoreAttention(CoreAttention):
         return choose_attention(query, key, key).name
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """As `CoreAttention.attend`; a mask in memory is PyTorch's business."""
-        if mask is not None:
+        """As `CoreAttention.attend`; a mask in memory is PyTorch's business, and so are values of another width."""
+        if mask is not None or key.shape[-1] != value.shape[-1]:
             return sdpa(query, key, value, mask, self.window, self.scale)
         return cast(Tensor, attention(query, key, value, window=self.window, scale=self.scale))
 

@@ -1,16 +1,30 @@
-"""Which functions Megatron-core applies the rotary embedding with where ``apply_rope_fusion`` is set."""
+"""Which functions Megatron-core applies the rotary embedding with where its configuration asks for fused ones.
+
+Under ``apply_rope_fusion`` queries and keys are taken apart and turned one after the other; under
+``fused_single_qkv_rope`` one function takes them with the values as the projection left them, so that nothing is split
+forward and nothing concatenated backward.
+"""
+
+import importlib
 
 import torch
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.transformer import attention
 from torch import Tensor
 
-from composer_kernels.rope import fused_apply_rotary_pos_emb, fused_apply_rotary_pos_emb_thd
+from composer_kernels.rope import (
+    apply_fused_qkv_rotary_pos_emb,
+    fused_apply_rotary_pos_emb,
+    fused_apply_rotary_pos_emb_thd,
+)
 
 
 def install() -> None:
     """Let it mean `composer_kernels.rope`, which needs no TransformerEngine."""
     rope_utils.fused_apply_rotary_pos_emb = _apply
     rope_utils.fused_apply_rotary_pos_emb_thd = _apply_to_packed
+    attention.apply_fused_qkv_rotary_pos_emb = _apply_to_joined
+    attention.HAVE_FUSED_QKV_ROPE = True
 
 
 def install_transformer_engine() -> None:
@@ -19,6 +33,9 @@ def install_transformer_engine() -> None:
 
     rope_utils.fused_apply_rotary_pos_emb = transformer_engine.fused_apply_rotary_pos_emb
     rope_utils.fused_apply_rotary_pos_emb_thd = transformer_engine.fused_apply_rotary_pos_emb_thd
+    rope = importlib.import_module("transformer_engine.pytorch.attention.rope")
+    attention.apply_fused_qkv_rotary_pos_emb = getattr(rope, "apply_fused_qkv_rotary_pos_emb", None)
+    attention.HAVE_FUSED_QKV_ROPE = attention.apply_fused_qkv_rotary_pos_emb is not None
 
 
 def _apply(t: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
@@ -30,6 +47,14 @@ def _apply_to_packed(
 ) -> Tensor:
     angles = _as_wide(angles, t)
     return fused_apply_rotary_pos_emb_thd(t, boundaries, angles, cp_size, cp_rank, interleaved=interleaved)
+
+
+def _apply_to_joined(
+    qkv: Tensor, q_angles: Tensor, k_angles: Tensor, sizes: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    angles = _as_wide(q_angles, qkv)
+    same = angles if k_angles is q_angles else k_angles
+    return apply_fused_qkv_rotary_pos_emb(qkv, angles, same, sizes)
 
 
 def _as_wide(angles: Tensor, t: Tensor) -> Tensor:

@@ -115,20 +115,94 @@ def read_documents(paths: Iterable[Path], *, field: str = "text") -> Iterator[st
             `field`.
     """
     for path in source_files(paths):
-        documents = _read_lines(path, field) if _kind(path) == ".jsonl" else _read_whole(path)
-        yield from (document for document in documents if document and not document.isspace())
+        yield from (text for _, text in read_records(path, field=field) if is_document(text))
 
 
-def _read_whole(path: Path) -> Iterator[str]:
+def is_document(text: str) -> bool:
+    """Whether a text has anything but white space."""
+    return bool(text) and not text.isspace()
+
+
+def has_lines(path: Path) -> bool:
+    """Whether each line of the file is a document: a jsonl, packed or not."""
+    return _kind(path) == ".jsonl"
+
+
+def is_packed(path: Path) -> bool:
+    """Whether the file has to be unpacked, so that its middle is reached by reading what comes before."""
+    return path.suffix.lower() in _PACKED
+
+
+def read_records(
+    path: Path, *, field: str = "text", start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, str]]:
+    """The texts of one file, those of white space included, each with the byte of the unpacked file that it begins at.
+
+    Args:
+        path: A file.
+        field: The field of a jsonl line that holds the text.
+        start: Of a jsonl, only the lines that begin at this byte or later.
+        stop: Of a jsonl, only the lines that begin before this byte; None for all.
+
+    Raises:
+        FileError: As `read_documents`.
+    """
+    for place, data in raw_records(path, start=start, stop=stop):
+        yield place, parse_record(path, place, data, field=field)
+
+
+def raw_records(path: Path, *, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """What `read_records` reads, before it looks into the bytes; lines of white space are left out."""
     with _opened(path) as file:
-        yield _decode(file.read(), str(path))
+        if not has_lines(path):
+            if start == 0:
+                yield 0, file.read()
+            return
+        if start:
+            file.seek(start - 1)
+            file.readline()
+        place = file.tell()
+        for line in file:
+            if stop is not None and place >= stop:
+                return
+            if not line.isspace():
+                yield place, line
+            place += len(line)
 
 
-def _read_lines(path: Path, field: str) -> Iterator[str]:
+def parse_record(path: Path, place: int, data: bytes, *, field: str = "text") -> str:
+    """The text in the bytes that begin at `place` of a file, as `raw_records` tells them."""
+    if has_lines(path):
+        return _text_field(data, field, _line_at(path, place))
+    return _decode(data, lambda: str(path))
+
+
+def read_at(path: Path, places: Iterable[int], *, field: str = "text") -> Iterator[str]:
+    """The texts of one file that begin at these bytes, in growing order, as `read_records` tells them."""
     with _opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _text_field(line, field, f"{path}, line {number}")
+        if not has_lines(path):
+            yield from (_decode(file.read(), lambda: str(path)) for _ in places)
+            return
+        here = 0
+        for place in places:
+            if place != here:
+                file.seek(place)
+            line = file.readline()
+            here = place + len(line)
+            yield _text_field(line, field, _line_at(path, place))
+
+
+def _line_at(path: Path, place: int) -> Callable[[], str]:
+    """Says which line of a file begins at that byte; lines are counted only where an error is to name one."""
+
+    def where() -> str:
+        with _opened(path) as file:
+            lines = 0
+            while place > file.tell() and file.readline():
+                lines += 1
+        return f"{path}, line {lines + 1}"
+
+    return where
 
 
 @contextlib.contextmanager
@@ -144,31 +218,31 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise FileError(f"{path} is no sound {suffix} file: {error}; get the file again") from None
 
 
-def _decode(data: bytes, where: str) -> str:
+def _decode(data: bytes, where: Callable[[], str]) -> str:
     zero = data.find(b"\0")
     if zero >= 0:
-        raise FileError(f"{where}: binary data, not text: byte {zero} is zero; leave it out, or convert it to UTF-8")
+        raise FileError(f"{where()}: binary data, not text: byte {zero} is zero; leave it out, or convert it to UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         problem = f"byte {error.start} (0x{error.object[error.start]:02x}) is no UTF-8"
-        raise FileError(f"{where}: not text in UTF-8: {problem}; leave it out, or convert it") from None
+        raise FileError(f"{where()}: not text in UTF-8: {problem}; leave it out, or convert it") from None
 
 
-def _text_field(line: bytes, field: str, where: str) -> str:
+def _text_field(line: bytes, field: str, where: Callable[[], str]) -> str:
     try:
         value = json.loads(_decode(line, where))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise FileError(f"{where}: not JSON: {error}; mend or remove the line") from None
+        raise FileError(f"{where()}: not JSON: {error}; mend or remove the line") from None
     if not isinstance(value, dict):
-        raise FileError(f"{where}: expected a JSON object, found {type(value).__name__}")
+        raise FileError(f"{where()}: expected a JSON object, found {type(value).__name__}")
     if field not in value:
-        raise FileError(f"{where}: no field {field!r}; its fields: {', '.join(map(repr, value)) or 'none'}")
+        raise FileError(f"{where()}: no field {field!r}; its fields: {', '.join(map(repr, value)) or 'none'}")
     text = value[field]
     if not isinstance(text, str):
-        raise FileError(f"{where}: field {field!r} holds {type(text).__name__}; expected text")
+        raise FileError(f"{where()}: field {field!r} holds {type(text).__name__}; expected text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise FileError(f"{where}: character {error.start} of {field!r} is half a surrogate pair, no text") from None
+        raise FileError(f"{where()}: character {error.start} of {field!r} is half a surrogate pair, no text") from None
     return text

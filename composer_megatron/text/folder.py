@@ -8,15 +8,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from composer_megatron.errors import FileError
 from composer_megatron.files import naming, read_json
 from composer_megatron.text.corpus import TRAIN, VALID
 
 _FORMAT = "composer-text"
 _VERSION = 1
-_INDEX_HEADER = struct.Struct("<9sQBQQ")
+INDEX_HEADER = struct.Struct("<9sQBQQ")
+"""How an index of Megatron's begins: magic, version, code of the tokens' type, sequences, documents and one more."""
 _INDEX_MAGIC = b"MMIDIDX\0\0"
-_TOKEN_BYTES = {4: 4, 8: 2}  # Megatron's codes of int32 and uint16
+_TOKEN_TYPES: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}  # by Megatron's codes
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,17 @@ class SplitInfo:
         documents: Documents.
         tokens: Tokens, the end of text of each document included.
         bytes: UTF-8 bytes of the documents; an end of text has none.
+        sha256: Of the token file, in hexadecimal; None in folders from before there were checksums.
     """
 
     documents: int
     tokens: int
     bytes: int
+    sha256: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The values that there are, as JSON has them."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -86,8 +95,8 @@ class TextInfo:
             "sources": list(self.sources),
             "vocab_size": self.vocab_size,
             "end_of_text": self.end_of_text,
-            TRAIN: asdict(self.train),
-            VALID: asdict(self.valid) | unigram,
+            TRAIN: self.train.as_dict(),
+            VALID: self.valid.as_dict() | unigram,
         }
 
 
@@ -124,7 +133,9 @@ def _from_dict(folder: Path, values: dict[str, Any]) -> TextInfo:
         return value
 
     def split(name: str) -> SplitInfo:
-        return SplitInfo(*(whole(values[name][key]) for key in ("documents", "tokens", "bytes")))
+        documents, tokens, size = (whole(values[name][key]) for key in ("documents", "tokens", "bytes"))
+        checksum = values[name].get("sha256")
+        return SplitInfo(documents, tokens, size, None if checksum is None else str(checksum))
 
     return TextInfo(
         folder=folder,
@@ -138,23 +149,42 @@ def _from_dict(folder: Path, values: dict[str, Any]) -> TextInfo:
     )
 
 
+def token_type(prefix: Path) -> np.dtype[Any]:
+    """The type of the tokens in ``prefix.bin``, as ``prefix.idx`` says.
+
+    Raises:
+        FileError: If there is no sound index.
+    """
+    return _TOKEN_TYPES[_read_header(_index_of(prefix))[0]]
+
+
+def _index_of(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".idx")
+
+
+def _read_header(index: Path) -> tuple[int, int, int, int]:
+    """The code of the type, sequences, documents and one more, and the file's size."""
+    with naming(index, "read"), index.open("rb") as file:
+        header = file.read(INDEX_HEADER.size)
+        size = os.fstat(file.fileno()).st_size
+    if len(header) < INDEX_HEADER.size:
+        raise FileError(f"{index} is cut off; make the folder again")
+    magic, version, code, sequences, documents = INDEX_HEADER.unpack(header)
+    if magic != _INDEX_MAGIC or version != 1 or code not in _TOKEN_TYPES:
+        raise FileError(f"{index} is no index of Megatron's token files; make the folder again")
+    return code, sequences, documents, size
+
+
 def _check_tokens(prefix: Path, split: SplitInfo) -> None:
     """Compare the sizes of .idx and .bin with the counts, without Megatron, so that it takes no time."""
-    index, tokens = prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
-    with naming(index, "read"), index.open("rb") as file:
-        header = file.read(_INDEX_HEADER.size)
-        index_size = os.fstat(file.fileno()).st_size
-    if len(header) < _INDEX_HEADER.size:
-        raise FileError(f"{index} is cut off; make the folder again")
-    magic, version, code, sequences, documents = _INDEX_HEADER.unpack(header)
-    if magic != _INDEX_MAGIC or version != 1 or code not in _TOKEN_BYTES:
-        raise FileError(f"{index} is no index of Megatron's token files; make the folder again")
+    index, tokens = _index_of(prefix), prefix.with_name(prefix.name + ".bin")
+    code, sequences, documents, index_size = _read_header(index)
     # Per sequence an int32 length and an int64 offset, per document an int64 end, with a 0 before the first.
-    wanted_index = _INDEX_HEADER.size + 12 * split.documents + 8 * (split.documents + 1)
+    wanted_index = INDEX_HEADER.size + 12 * split.documents + 8 * (split.documents + 1)
     if (sequences, documents, index_size) != (split.documents, split.documents + 1, wanted_index):
         raise FileError(f"{index} does not hold the {split.documents} documents of text.json; make the folder again")
     with naming(tokens, "read"):
         found = tokens.stat().st_size
-    wanted = split.tokens * _TOKEN_BYTES[code]
+    wanted = split.tokens * _TOKEN_TYPES[code].itemsize
     if found != wanted:
         raise FileError(f"{tokens} has {found} bytes, text.json promises {wanted}; make the folder again")

@@ -2,7 +2,9 @@
 
 A text folder holds ``tokenizer.json`` (Hugging Face tokenizers), ``train.bin/.idx`` and ``valid.bin/.idx`` (Megatron's
 IndexedDataset, one sequence a document, each closed by the end-of-text token) and ``text.json``. The sources are read
-three times and never held whole: to choose and split documents, to train the tokenizer, to encode.
+three times and never held whole: to choose and split documents, to train the tokenizer, to encode. Each process reads
+its own parts of the files. Until the folder is whole it lies beside its place, as ``.NAME.partial``, and keeps the
+parts that are finished: the same call goes on from there.
 """
 
 from __future__ import annotations
@@ -24,18 +26,21 @@ from typing import Any
 
 import numpy as np
 
-from composer_megatron.errors import ComposerError, UsageError
-from composer_megatron.files import naming, read_json, write_json
+from composer_megatron.errors import ComposerError, FileError, UsageError
+from composer_megatron.files import naming, read_json, write_json, write_text
 from composer_megatron.text import tokenizing
 from composer_megatron.text.corpus import SPLITS, TRAIN, VALID, Corpus, Progress
 from composer_megatron.text.documents import read_documents, source_files, standard_library_sources
 from composer_megatron.text.folder import SplitInfo, TextInfo, load_text_folder
+from composer_megatron.text.parts import Encoded, Encoder, encode_parts, read_part
 
 __all__ = ["SplitInfo", "TextInfo", "load_text_folder", "preprocess", "read_documents", "standard_library_sources"]
 
 DEFAULT_VOCABULARY = 4096
 TOKENIZER_BYTES = 32_000_000
 """A tokenizer is trained on about this much of the training side, drawn by hash; more changes little."""
+
+_PARTS, _INPUTS = "parts", "inputs.json"
 
 
 def preprocess(
@@ -53,7 +58,8 @@ def preprocess(
 ) -> TextInfo:
     """Make a text folder, or return it if it is there already, made from the same files with the same settings.
 
-    The folder appears whole or not at all; the files in it do not depend on `workers`.
+    The folder appears whole or not at all; the files in it do not depend on `workers`. What an interruption leaves
+    finished is used by the next call with the same files and settings.
 
     Args:
         paths: Files and folders (`composer_megatron.text.documents`); None is the Python standard library's sources.
@@ -64,7 +70,7 @@ def preprocess(
         max_bytes: Use at most this much text; a sample drawn by hash.
         field: The field of a jsonl line that holds the text.
         seed: Changes which documents are held out and sampled.
-        workers: Processes that encode; all cores by default.
+        workers: Processes that read and encode; all cores by default.
         progress: Called as the work goes on.
 
     Raises:
@@ -78,24 +84,20 @@ def preprocess(
     _check_numbers(valid_fraction, max_bytes, seed, workers)
     report = progress or (lambda stage, done, total: None)
     files = standard_library_sources() if paths is None else source_files(paths)
-    settings = {"valid_fraction": valid_fraction, "max_bytes": max_bytes, "field": field, "seed": seed}
+    settings: dict[str, Any] = {"valid_fraction": valid_fraction, "max_bytes": max_bytes, "field": field, "seed": seed}
     inputs = settings | _inputs(files, vocab_size, tokenizer)
     output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would replace a link instead of following it
     if existing := _existing(output, inputs):
         return existing
     megatron = _megatron_datasets()
-    with _new_folder(output) as folder:
-        corpus = Corpus.scan(
-            files, field=field, valid_fraction=valid_fraction, seed=seed, max_bytes=max_bytes, progress=report
-        )
-        end_of_text, rows = _write_tokenizer(folder, corpus, vocab_size, tokenizer, report)
-        writers = {name: _SplitWriter(folder / name, rows, end_of_text, megatron) for name in SPLITS}
-        _encode(corpus, folder, writers, workers, report)
-        nats, bits = _unigram(writers[TRAIN], writers[VALID])
-        sources = [f"Python {platform.python_version()} standard library"] if paths is None else map(str, paths)
-        splits = (writers[TRAIN].info, writers[VALID].info)
-        info = TextInfo(folder, tuple(sources), rows, end_of_text, *splits, nats, bits)
-        write_json(folder / "text.json", info.as_dict() | {"inputs": inputs})
+    with _new_folder(output, inputs) as folder:
+        if not (folder / "text.json").is_file():
+            corpus = Corpus.scan(files, **settings, progress=report, workers=workers)
+            encoder = _encoder(folder, corpus, vocab_size, tokenizer, megatron, report)
+            parts = encode_parts(corpus, encoder, folder / _PARTS, workers, report)
+            sources = [f"Python {platform.python_version()} standard library"] if paths is None else map(str, paths)
+            info = _join(folder, parts, encoder, tuple(sources), megatron)
+            write_json(folder / "text.json", info.as_dict() | {"inputs": inputs})
     return load_text_folder(output)
 
 
@@ -154,12 +156,15 @@ def _existing(output: Path, inputs: dict[str, Any]) -> TextInfo | None:
 
 
 @contextlib.contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to fill, renamed to `output` at the end and removed on failure.
+def _new_folder(output: Path, inputs: dict[str, Any]) -> Iterator[Path]:
+    """A folder beside `output` to fill, renamed to `output` at the end.
 
-    What a killed process left there is cleared; a lock, which ends with its process, keeps two from filling it at once.
+    What an interrupted process left there is kept if it was made from the same `inputs`, and cleared otherwise. On
+    failure the folder is removed, unless it has finished parts. A lock, which ends with its process, keeps two from
+    filling it at once.
     """
     partial = output.with_name(f".{output.name}.partial")
+    parts = partial / _PARTS
     with naming(partial, "make"):
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY)
@@ -169,16 +174,31 @@ def _new_folder(output: Path) -> Iterator[Path]:
         except BlockingIOError:
             raise UsageError(f"another process is making {output}; wait for it, or choose another output") from None
         try:
-            for left in partial.iterdir():
-                left.unlink()
+            with naming(partial, "make"):
+                _clear_unless_made_from(inputs, partial)
+                parts.mkdir(exist_ok=True)
             yield partial
             with naming(output, "make"):
+                shutil.rmtree(parts)
+                (partial / _INPUTS).unlink()
                 partial.rename(output)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not any(parts.glob("part-*")):
+                shutil.rmtree(partial, ignore_errors=True)
             raise
     finally:
         os.close(lock)
+
+
+def _clear_unless_made_from(inputs: dict[str, Any], partial: Path) -> None:
+    try:
+        if read_json(partial / _INPUTS, "the inputs of a text folder") == inputs:
+            return
+    except FileError:
+        pass  # there is none, or a torn one
+    for left in partial.iterdir():
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    write_json(partial / _INPUTS, inputs)
 
 
 def _megatron_datasets() -> ModuleType:
@@ -197,44 +217,74 @@ def _megatron_datasets() -> ModuleType:
     return indexed_dataset
 
 
-def _write_tokenizer(
-    folder: Path, corpus: Corpus, vocab_size: int | None, tokenizer: Path | None, report: Progress
-) -> tuple[int, int]:
-    """Write ``tokenizer.json``; the id of its end of text and its number of rows."""
-    if tokenizer is None:
+def _encoder(
+    folder: Path,
+    corpus: Corpus,
+    vocab_size: int | None,
+    tokenizer: Path | None,
+    megatron: ModuleType,
+    report: Progress,
+) -> Encoder:
+    """Write ``tokenizer.json``, unless it is there."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        chosen = tokenizing.load_tokenizer(path)
+    elif tokenizer is None:
         report("tokenizer", 0, None)
         sample = corpus.training_sample(TOKENIZER_BYTES)
         chosen = tokenizing.train_tokenizer(sample, vocab_size or DEFAULT_VOCABULARY)
     else:
         chosen = tokenizing.load_tokenizer(tokenizer)
-    path = folder / "tokenizer.json"
-    end_of_text = tokenizing.end_of_text_id(chosen, tokenizer or path)
-    with naming(path, "write"):
-        path.write_text(chosen.to_str(pretty=True), encoding="utf-8")
-    return end_of_text, tokenizing.vocabulary_size(chosen)
+    end_of_text, rows = tokenizing.end_of_text_id(chosen, tokenizer or path), tokenizing.vocabulary_size(chosen)
+    if not path.is_file():
+        write_text(path, chosen.to_str(pretty=True))
+    return Encoder(path, rows, end_of_text, np.dtype(megatron.DType.optimal_dtype(rows)).str)
+
+
+def _join(
+    folder: Path, parts: Sequence[Path], encoder: Encoder, sources: tuple[str, ...], megatron: ModuleType
+) -> TextInfo:
+    """Make the token files of all parts, in order."""
+    writers = {name: _SplitWriter(folder / name, encoder, megatron) for name in SPLITS}
+    try:
+        with naming(folder, "write"):
+            for part in parts:
+                encoded = read_part(part)
+                if encoded is None:
+                    raise FileError(f"{part} is damaged; start again: the other parts are kept")
+                for name, writer in writers.items():
+                    writer.add(encoded[name])
+            for writer in writers.values():
+                writer.finish()
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+    train, valid = writers[TRAIN], writers[VALID]
+    return TextInfo(folder, sources, encoder.rows, encoder.end_of_text, train.info, valid.info, *_unigram(train, valid))
 
 
 class _SplitWriter:
     """Writes one side's token files and counts what goes in."""
 
-    def __init__(self, prefix: Path, rows: int, end_of_text: int, megatron: ModuleType) -> None:
-        self.prefix, self.end_of_text = prefix, end_of_text
-        self.documents = self.bytes = 0
-        self.counts = np.zeros(rows, dtype=np.int64)
+    def __init__(self, prefix: Path, encoder: Encoder, megatron: ModuleType) -> None:
+        self.prefix = prefix
+        self.bytes = 0
+        self.counts = np.zeros(encoder.rows, dtype=np.int64)
+        self.digest = hashlib.sha256()
         with naming(prefix, "write"):
-            dtype = megatron.DType.optimal_dtype(rows)
-            self.builder = megatron.IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+            self.builder = megatron.IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.dtype(encoder.dtype).type)
 
-    def add(self, size: int, ids: np.ndarray) -> None:
-        """Write a document of `size` bytes from its tokens, int32 [tokens], and close it with the end of text."""
-        import torch
-
-        tokens = np.append(ids, np.int32(self.end_of_text))
-        self.builder.add_item(torch.from_numpy(tokens))
-        self.builder.end_document()
-        np.add.at(self.counts, tokens, 1)
-        self.documents += 1
-        self.bytes += size
+    def add(self, encoded: Encoded) -> None:
+        """Write a part's documents."""
+        data = encoded.tokens.tobytes()
+        self.builder.data_file.write(data)
+        self.digest.update(data)
+        # One sequence a document, as `add_item` and `end_document` would have it, for all documents at once.
+        self.builder.sequence_lengths.extend(encoded.lengths.tolist())
+        first = len(self.builder.document_indices)
+        self.builder.document_indices.extend(range(first, first + len(encoded.lengths)))
+        self.counts += encoded.counts
+        self.bytes += encoded.bytes
 
     def finish(self) -> None:
         """Write the index."""
@@ -247,25 +297,8 @@ class _SplitWriter:
 
     @property
     def info(self) -> SplitInfo:
-        return SplitInfo(self.documents, int(self.counts.sum()), self.bytes)
-
-
-def _encode(corpus: Corpus, folder: Path, writers: dict[str, _SplitWriter], workers: int, report: Progress) -> None:
-    total, done = corpus.bytes, 0
-    report("encode", 0, total)
-    tokenizer = folder / "tokenizer.json"
-    documents = tokenizing.encode_documents(corpus.documents(), tokenizer, workers)
-    try:
-        with naming(folder, "write"), contextlib.closing(documents):
-            for name, size, ids in documents:
-                writers[name].add(size, ids)
-                done += size
-                report("encode", done, total)
-            for writer in writers.values():
-                writer.finish()
-    finally:
-        for writer in writers.values():
-            writer.abandon()
+        documents = len(self.builder.sequence_lengths)
+        return SplitInfo(documents, int(self.counts.sum()), self.bytes, self.digest.hexdigest())
 
 
 def _unigram(train: _SplitWriter, valid: _SplitWriter) -> tuple[float, float]:

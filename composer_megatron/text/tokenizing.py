@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from composer_megatron.errors import ComposerError, FileError, UsageError
 from composer_megatron.files import naming
+from composer_megatron.text.pool import in_order
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -140,11 +133,11 @@ def encode_documents[Key](
     """
     parts: list[np.ndarray] = []
     size = 0
-    batches = _batches(_Piece(key, text, last) for key, whole in documents for text, last in _pieces(whole))
-    encode = _encode_here if workers == 1 else functools.partial(_encode_elsewhere, workers=workers)
-    with contextlib.closing(encode(batches, tokenizer_path)) as encoded:
+    pieces = (_Piece(key, text, last) for key, whole in documents for text, last in _pieces(whole))
+    batches = (_Batch(pieces, str(tokenizer_path)) for pieces in _batches(pieces))
+    with contextlib.closing(in_order(_encode_batch, batches, workers)) as encoded:
         for batch, tokens in encoded:
-            for piece, ids in zip(batch, tokens, strict=True):
+            for piece, ids in zip(batch.pieces, tokens, strict=True):
                 parts.append(ids)
                 size += len(piece.text.encode())
                 if piece.last:
@@ -179,69 +172,28 @@ def _batches[Key](pieces: Iterable[_Piece[Key]]) -> Iterator[list[_Piece[Key]]]:
         yield batch
 
 
-def _encode_here[Key](
-    batches: Iterable[list[_Piece[Key]]], tokenizer_path: Path
-) -> Generator[tuple[list[_Piece[Key]], list[np.ndarray]]]:
-    tokenizer = load_tokenizer(tokenizer_path)
-    for batch in batches:
-        yield batch, _encode(tokenizer, [piece.text for piece in batch])
+@dataclass(frozen=True)
+class _Batch[Key]:
+    """Neighbouring pieces, and what to encode them with; only texts and the path go to another process."""
+
+    pieces: list[_Piece[Key]]
+    tokenizer: str
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"pieces": [_Piece(None, piece.text, piece.last) for piece in self.pieces], "tokenizer": self.tokenizer}
 
 
-def _encode_elsewhere[Key](
-    batches: Iterable[list[_Piece[Key]]], tokenizer_path: Path, workers: int
-) -> Generator[tuple[list[_Piece[Key]], list[np.ndarray]]]:
-    # Spawned, not forked: the tokenizer's threads would not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
-    waiting: deque[tuple[list[_Piece[Key]], Future[list[np.ndarray]]]] = deque()
-    try:
-        for batch in itertools.chain(batches, itertools.repeat(None)):
-            if batch is not None:
-                texts = [piece.text for piece in batch]
-                with _interrupts_held_back():
-                    waiting.append((batch, pool.submit(_encode_in_worker, str(tokenizer_path), texts)))
-            if batch is None or len(waiting) > 2 * workers:
-                if not waiting:
-                    return
-                done, tokens = waiting.popleft()
-                yield done, tokens.result()
-    except BrokenProcessPool:
-        problem = "a process that encoded text died, perhaps for want of memory"
-        raise ComposerError(f"{problem}; try fewer workers than {workers}") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _encode_batch[Key](batch: _Batch[Key]) -> list[np.ndarray]:
+    path = Path(batch.tokenizer)
+    with naming(path, "read the tokenizer"):
+        changed = path.stat().st_mtime_ns
+    return _encode(_loaded(path, changed), [piece.text for piece in batch.pieces])
 
 
-@contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Processes that start inside never see Ctrl-C: it is this one that answers it. Here it is only put off."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_with_parent() -> None:
-    """End when the parent does, even when it is killed."""
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def _encode_in_worker(tokenizer_path: str, texts: list[str]) -> list[np.ndarray]:
-    return _encode(_tokenizer_of_worker(tokenizer_path), texts)
-
-
-@functools.cache
-def _tokenizer_of_worker(path: str) -> Tokenizer:
-    """Loaded once a process; called in worker processes alone, which live as long as the file."""
-    return load_tokenizer(Path(path))
+@functools.lru_cache(maxsize=4)
+def _loaded(path: Path, changed: int) -> Tokenizer:
+    """A tokenizer, loaded once a process for as long as its file stays as it is."""
+    return load_tokenizer(path)
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:

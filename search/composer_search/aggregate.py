@@ -150,9 +150,11 @@ def conditional_vote(members: Sequence[CompositeSequence], scores: Sequence[floa
         voters = [index for index, member in enumerate(members) if member.letters[start:position] == chosen[start:]]
         if voters:
             break
-    ballots = {
-        letter: [scores[index] for index in voters if members[index][position] == letter] for letter in PRIMITIVES
+    ballots: dict[str, list[float]] = {
+        letter: [] for letter in PRIMITIVES if any(letter in member.letters for member in members)
     }
+    for index in voters:
+        ballots[members[index][position]].append(scores[index])
     most = max(len(ballot) for ballot in ballots.values())
     leaders = [letter for letter, ballot in ballots.items() if len(ballot) == most]
     letter = max(leaders, key=lambda letter: statistics.fmean(ballots[letter]))  # max keeps the first of equals

@@ -52,6 +52,7 @@ class BotorchProposer:
         if initial < 1:
             raise UsageError(f"initial={initial}; expected at least 1 trial before the Bayesian ones")
         self.region, self.seed, self.initial = region, seed, initial
+        self._fitted: tuple[tuple[tuple[int, float], ...], SingleTaskGP] | None = None
 
     def propose(self, trials: Sequence[Trial], running: Sequence[Proposal], number: int) -> Proposal | None:
         """The candidate of the highest acquisition, and a random one before there is a model, or where it fails."""
@@ -87,13 +88,24 @@ class BotorchProposer:
             goals = [self.region.criteria.goals(trial.sequence, trial.score or 0.0) for trial in scored]
             utility = _Utility(self._weights, Scalarisation.draw(goals, rng))
             seen = self._encode([trial.sequence for trial in scored])
-            model = _fit(seen, [trial.score or 0.0 for trial in scored], len(self._weights))
+            model = self._model(scored, seen)
             sequences, candidates = self._candidates(scored, tried, rng)
             with torch.no_grad():
                 best = _expected_improvement(model, utility, seen, candidates).topk(min(_FINALISTS, len(sequences)))
                 pending = self._encode([each.sequence for each in running]) if running else None
                 values = _acquisition(model, utility, seen, pending)(candidates[best.indices].unsqueeze(1))
         return sequences[int(best.indices[int(values.argmax())])]
+
+    def _model(self, scored: Sequence[Trial], seen: Tensor) -> SingleTaskGP:
+        """The process fitted to the trials, a function of them alone: once for all proposals of a batch."""
+        import torch
+
+        key = tuple((trial.trial, trial.score or 0.0) for trial in scored)
+        if self._fitted is None or self._fitted[0] != key:
+            with torch.random.fork_rng(devices=[]):  # a fit that fails is tried again from random parameters
+                torch.manual_seed(self.seed)
+                self._fitted = key, _fit(seen, [score for _, score in key], len(self._weights))
+        return self._fitted[1]
 
     @property
     def _weights(self) -> list[float]:

@@ -129,13 +129,16 @@ class Criteria:
         return tuple(weight * accuracy + cost for weight, cost in zip(weights, self.costs(sequence), strict=True))
 
     def record(self, sequence: CompositeSequence, accuracy: float | None) -> dict[str, float]:
-        """What a trial's line keeps: the exact metrics and, of a mix, its value."""
+        """What a trial's line keeps: the exact metrics; of a mix its ``value``, of several goals each as ``goal_N``."""
         exact = {
             name: float(value) if isinstance(value, Fraction) else value
             for name, value in self.metrics(sequence).items()
         }
-        mixed = accuracy is not None and len(self.objective.goals) == 1 and not self.objective.plain
-        return exact | ({"value": self.goals(sequence, accuracy)[0]} if mixed and accuracy is not None else {})
+        if accuracy is None or self.objective.plain:
+            return exact
+        goals = self.goals(sequence, accuracy)
+        names = ["value"] if len(goals) == 1 else [f"goal_{number}" for number in range(1, len(goals) + 1)]
+        return exact | dict(zip(names, goals, strict=True))
 
     def allows(self, sequence: CompositeSequence) -> bool:
         """Whether the sequence meets every constraint."""

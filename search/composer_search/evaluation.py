@@ -55,6 +55,23 @@ class BatchEvaluator(Evaluator, Protocol):
         ...
 
 
+def runs_on_gpu(evaluator: Evaluator) -> bool:
+    """Whether an evaluator takes a GPU where there is one; one that trains says so by its `device`."""
+    return str(getattr(evaluator, "device", "cpu")).startswith(("auto", "cuda"))
+
+
+@runtime_checkable
+class MatchableEvaluator(Evaluator, Protocol):
+    """An evaluator that can give every candidate the same number of weights."""
+
+    def with_weights(self, weights: int) -> Evaluator:
+        """The same evaluator with every candidate at widths that give its blocks so many weights.
+
+        0 is for as many as a candidate of the same length has that is half attention and half MLPs.
+        """
+        ...
+
+
 @runtime_checkable
 class ScalableEvaluator(Evaluator, Protocol):
     """An evaluator whose candidates can be made narrower or wider."""

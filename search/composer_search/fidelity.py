@@ -27,7 +27,7 @@ import numpy as np
 from composer_megatron.errors import FileError, UsageError
 from composer_megatron.files import append_json_line, read_json_lines
 from composer_megatron.sequence import CompositeSequence
-from composer_search.evaluation import Evaluation, Evaluator, ScalableEvaluator
+from composer_search.evaluation import Evaluation, Evaluator, MatchableEvaluator, ScalableEvaluator
 from composer_search.evidence.agreement import Agreement, agreement, size_agreement
 from composer_search.evidence.ranks import LEAST, spearman
 from composer_search.evidence.scores import Scores
@@ -113,6 +113,11 @@ class HalvingEvaluator(Evaluator):
         self._rungs = [(share, base.at_fidelity(share)) for share in self.halving.shares[:-1]] + [(1.0, base)]
         self._keys = [_fingerprint(evaluator.describe()) for _, evaluator in self._rungs]
 
+    @property
+    def device(self) -> str:
+        """Where the evaluator's candidates are trained."""
+        return str(getattr(self.base, "device", "cpu"))
+
     def describe(self) -> dict[str, Any]:
         """The settings, and under ``full`` those of the evaluator; where the log lies is not among them."""
         settings = dataclasses.asdict(self.halving)
@@ -162,6 +167,17 @@ class HalvingEvaluator(Evaluator):
         if not isinstance(self.base, ScalableEvaluator):
             raise UsageError(f"{type(self.base).__name__} has no widths to scale")
         base: Any = self.base.scaled(share)
+        return HalvingEvaluator(base, self.halving, self.log)
+
+    def with_weights(self, weights: int) -> HalvingEvaluator:
+        """Halving of the evaluator with equally big candidates.
+
+        Raises:
+            UsageError: If the evaluator cannot have other widths.
+        """
+        if not isinstance(self.base, MatchableEvaluator):
+            raise UsageError(f"{type(self.base).__name__} has no widths to match")
+        base: Any = self.base.with_weights(weights)
         return HalvingEvaluator(base, self.halving, self.log)
 
     def _audited(self, sequences: Sequence[CompositeSequence]) -> set[CompositeSequence]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from composer_megatron.errors import FileError
+from composer_search.effort import Effort, effort
 from composer_search.study import Study, Trial
 
 if TYPE_CHECKING:
@@ -106,9 +106,10 @@ def _watch_terminal(path: Path, console: Console, seconds: float, sleep: Callabl
     study = Study.load(path)
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            view = Group(render(study, None, width=console.width), Text(_silence(study), style="dim"))
+            done = effort(study)
+            view = Group(render(_at_work(study, done), None, width=console.width), Text(_silence(done), style="dim"))
             live.update(view, refresh=True)
-            if _spent(study):
+            if done.left == 0:
                 return study
             sleep(seconds)
             study = _again(study)
@@ -117,10 +118,11 @@ def _watch_terminal(path: Path, console: Console, seconds: float, sleep: Callabl
 def _watch_lines(path: Path, console: Console, seconds: float, sleep: Callable[[float], None]) -> Study:
     study, told = Study.load(path), 0
     while True:
-        for trial in study.trials[told:]:
+        done = effort(study)
+        for trial in done.trials[told:]:
             console.print(_line(trial), markup=False)
-        told = len(study.trials)
-        if _spent(study):
+        told = len(done.trials)
+        if done.left == 0:
             return study
         sleep(seconds)
         study = _again(study)
@@ -137,13 +139,10 @@ def _again(study: Study) -> Study:
         return Study.load(study.path)
 
 
-def _spent(study: Study) -> bool:
-    """Whether a one-shot search is over; when an incremental one is, its budget, that of a step, does not tell."""
-    return study.settings.strategy == "one-shot" and _trials_left(study) == 0
-
-
-def _trials_left(study: Study) -> int:
-    return max(0, min(study.settings.budget, study.settings.space.size) - len(study.trials))
+def _at_work(study: Study, done: Effort) -> Study:
+    """The study of the step that an incremental search is at, or the study itself where there is none yet."""
+    folder = study.path / f"step-{done.current + 1:02}"
+    return Study.load(folder) if len(done.stages) > 1 and (folder / "study.json").exists() else study
 
 
 def _head(study: Study) -> Text:
@@ -154,15 +153,14 @@ def _head(study: Study) -> Text:
 
 
 def _bar(study: Study, width: int) -> RenderableType:
-    done, left = len(study.trials), _trials_left(study)
+    whole = effort(study)
+    done, left, steps = len(whole.trials), whole.left, len(whole.stages)
     grid = Table.grid(padding=(0, 1))
     bar = ProgressBar(total=max(1, done + left), completed=done, width=max(5, min(40, width - 25)))
-    grid.add_row(bar, f"{done} of {done + left} trials")
-    if not study.trials:
+    grid.add_row(bar, f"{done} of {done + left} trials" + (f", step {whole.current + 1} of {steps}" * (steps > 1)))
+    if whole.to_go is None:
         return grid
-    mean = statistics.fmean(trial.seconds for trial in study.trials)
-    spent = sum(trial.seconds for trial in study.trials)
-    words = f"{mean:.1f} s each; {_time(spent)} spent, {_time(left * mean)} to go for one worker"
+    words = f"{whole.spent / done:.1f} s each; {_time(whole.spent)} spent, {_time(whole.to_go)} to go for one worker"
     return Group(grid, Text(words, style="dim"))
 
 
@@ -176,16 +174,18 @@ def _sparkline(scores: Sequence[float], width: int) -> Text:
 
 
 def _best(study: Study) -> Table:
+    """The trials of the highest value of the objective; where it is no plain accuracy, the value too."""
+    plain = study.settings.criteria.objective.plain
     table = Table(box=None, pad_edge=False)
-    for heading in ("trial", "score", "±", "seconds"):
+    for heading in ("trial", *([] if plain else ["value"]), "score", "±", "seconds"):
         table.add_column(heading, justify="right")
     table.add_column("by")
     table.add_column("sequence", no_wrap=True, overflow="ellipsis")
-    order = sorted(study.completed, key=lambda trial: (-(trial.score or 0.0), trial.trial))
+    order = sorted(study.completed, key=lambda trial: (-(trial.value or 0.0), trial.trial))
     for trial in order[:_BEST]:
         spread = f"{trial.spread:.4f}" if len(trial.seed_scores) > 1 else "–"
-        cells = str(trial.trial), f"{trial.score:.4f}", spread, f"{trial.seconds:.1f}", trial.proposer
-        table.add_row(*cells, _tiles(trial.sequence.letters))
+        cells = [str(trial.trial), *([] if plain else [f"{trial.value:.4f}"]), f"{trial.score:.4f}", spread]
+        table.add_row(*cells, f"{trial.seconds:.1f}", trial.proposer, _tiles(trial.sequence.letters))
     return table
 
 
@@ -203,14 +203,14 @@ def _line(trial: Trial) -> str:
     return f"{start}{trial.score:.3f} ± {trial.spread:.3f}  {trial.proposer:<10} {trial.seconds:6.1f} s"
 
 
-def _silence(study: Study) -> str:
+def _silence(done: Effort) -> str:
     """How long ago the last trial ended, which shows whether anyone is still at work."""
-    if _spent(study):
+    if done.left == 0:
         return "the budget is spent"
-    if not study.trials:
+    if not done.trials:
         return "no trial has ended yet; Ctrl-C ends this view"
     try:
-        ended = max(datetime.fromisoformat(trial.finished) for trial in study.trials)
+        ended = max(datetime.fromisoformat(trial.finished) for trial in done.trials)
         ago = _time(max(0.0, (datetime.now(UTC) - ended).total_seconds()))
     except (ValueError, TypeError):  # a log from elsewhere
         ago = "some time"

@@ -22,6 +22,7 @@ from composer_megatron.errors import UsageError
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import Shape
 from composer_search.extrapolate import Match, Method, extrapolate
+from composer_search.speed import Measured, latency, prefill, throughput
 
 if TYPE_CHECKING:
     from composer_search.study import Trial
@@ -43,8 +44,9 @@ class Target:
         shape: Its widths.
         method: How a sequence is grown, as in `composer_search.extrapolate`.
         match: ``paper``, or ``parameters`` for the parameter-matched arm: the size closest to the baseline's.
-        seq_len: Tokens of a sequence, for FLOPs and throughput.
-        device: GPU of `composer_megatron.roofline` that throughput is predicted for.
+        seq_len: Tokens of a sequence, for FLOPs and times.
+        device: GPU of `composer_megatron.roofline` that times are predicted for.
+        profile: Measured times, which throughput and prefill then come from instead.
     """
 
     shape: Shape
@@ -52,6 +54,7 @@ class Target:
     match: Match = "paper"
     seq_len: int = 4096
     device: str = "h100"
+    profile: Measured | None = None
 
     def grow(self, sequence: CompositeSequence) -> Architecture:
         """The architecture of the target's size; a `UsageError` where the sequence is bigger already."""
@@ -63,23 +66,16 @@ class Target:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON values; `from_dict` reads them back."""
-        return {**vars(self), "shape": self.shape.as_dict()}
+        values = {**vars(self), "shape": self.shape.as_dict()}
+        del values["profile"]
+        return values if self.profile is None else {**values, "profile": self.profile.as_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Target:
         """The inverse of `as_dict`."""
-        return cls(**{**values, "shape": Shape.from_dict(dict(values["shape"]), where="the target's shape")})
-
-
-def _throughput(architecture: Architecture, target: Target) -> float:
-    """Predicted tokens a second of training on one GPU: forward and backward, without the optimizer."""
-    from composer_megatron.layout import Layout
-    from composer_megatron.roofline import get_device, predict
-
-    layout = Layout(seq_len=target.seq_len)
-    times = predict(architecture, layout, get_device(target.device))
-    passes = [times.embedding, times.head, *(times.blocks[letter] for letter in architecture.sequence)]
-    return layout.tokens / sum(each.forward + each.backward for each in passes)
+        shape = Shape.from_dict(dict(values["shape"]), where="the target's shape")
+        profile = Measured.from_dict(values["profile"]) if "profile" in values else None
+        return cls(**{**values, "shape": shape, "profile": profile})
 
 
 @dataclass(frozen=True)
@@ -103,11 +99,13 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "kv_bytes": Metric(lambda it, target: it.kv_bytes_per_token()),
         "flops": Metric(lambda it, target: it.flops_per_token(target.seq_len)),
         "params": Metric(lambda it, target: it.params_non_embedding),
-        "throughput": Metric(_throughput, more_is_better=True),
+        "throughput": Metric(throughput, more_is_better=True),
+        "prefill": Metric(prefill),
+        "latency": Metric(latency),
     }
 )
 """Every exact metric by its name: share of attention blocks, KV-cache bytes a token, training FLOPs a token, parameters
-without embeddings, predicted training tokens a second."""
+without embeddings; and predicted training tokens a second, seconds of a prompt, seconds of a decoded token."""
 
 
 def read_number(text: str) -> Fraction:

@@ -7,6 +7,7 @@ search proposes what the uninterrupted one would have. No sequence is ever propo
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import logging
 import random
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 _SCORE = "score"
 
+_SNAPSHOT_EVERY = 16
+"""Proposals from one snapshot to the next: writing one takes longer than a proposal, and nothing is read from it."""
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -36,7 +40,7 @@ class Proposal:
         sequence: The sequence.
         proposer: Who chose it: ``sobol``, ``bayesian``, ``exhaustive``, ``random`` or ``evolution``.
         note: What went wrong where another proposer had to step in.
-        snapshot: The state that it was computed from, for the study's `ax.json`.
+        snapshot: The state that it was computed from, for the study's `ax.json`; of some proposals.
     """
 
     trial: int
@@ -196,7 +200,7 @@ class BayesianProposer:
                 sequence = self._ask(client)
             except Exception as error:  # Ax, BoTorch and GPyTorch raise many kinds; a search of hours must go on
                 return Proposal(number, fallback.sequence, "random", f"Ax: {type(error).__name__}: {error}")
-            snapshot = client._to_json_snapshot()
+            snapshot = client._to_json_snapshot() if number % _SNAPSHOT_EVERY == 0 else None
         if sequence in tried:
             return Proposal(number, fallback.sequence, "random", f"Ax proposed {sequence} again")
         by = "sobol" if len(trials) + len(running) < self.initial else "bayesian"
@@ -232,12 +236,14 @@ class BayesianProposer:
         ]
         client.configure_experiment(name="composer-search", parameters=parameters)
         client.configure_optimization(objective=_SCORE)
+        scores: dict[int, float] = {}
         for trial in sorted(trials, key=lambda trial: trial.trial):
             index = client.attach_trial(self._parameters(trial.sequence))
             if trial.score is None:
                 client.mark_trial_abandoned(index)  # Ax proposes the points of trials marked as failed again
             else:
-                client.complete_trial(index, raw_data={_SCORE: trial.score})
+                scores[index] = trial.score
+        _complete(client, scores)
         for proposal in running:
             client.attach_trial(self._parameters(proposal.sequence))
         client.set_generation_strategy(self._strategy(number))
@@ -275,6 +281,25 @@ class BayesianProposer:
             ),
         ]
         return GenerationStrategy(name="sobol-then-bayesian", nodes=nodes)
+
+
+def _complete(client: Client, scores: Mapping[int, float]) -> None:
+    """Complete trials with their scores, all at once: `Client.complete_trial` looks at all data for each anew."""
+    if not scores:
+        return
+    from ax.core.data import Data
+
+    pandas: Any = importlib.import_module("pandas")
+    experiment = client._experiment
+    arms = {index: arm.name for index in scores for arm in experiment.trials[index].arms}
+    rows = [
+        {"trial_index": index, "arm_name": arms[index], "metric_name": _SCORE, "metric_signature": _SCORE}
+        | {"mean": score, "sem": float("nan")}
+        for index, score in scores.items()
+    ]
+    experiment.attach_data(Data(df=pandas.DataFrame(rows)))
+    for index in scores:
+        experiment.trials[index].mark_completed()
 
 
 @contextlib.contextmanager

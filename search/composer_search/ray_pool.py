@@ -16,7 +16,7 @@ from typing import Any
 
 from composer_megatron.errors import ComposerError
 from composer_megatron.sequence import CompositeSequence
-from composer_search.evaluation import Evaluator
+from composer_search.evaluation import Evaluator, runs_on_gpu
 from composer_search.proposers import Proposal
 from composer_search.workers import Outcome, Pool, evaluate_batch
 
@@ -27,6 +27,8 @@ _TRIES = 3
 @contextlib.contextmanager
 def ray_pool(evaluator: Evaluator, number: int) -> Iterator[Pool]:
     """A pool that has up to `number` batches running on Ray, a CPU each; what runs in the end is cancelled.
+
+    Where candidates are trained on a GPU and the cluster has any, each batch has one to itself and waits for it.
 
     Uses the Ray that this program is connected to, or the cluster whose address is in ``RAY_ADDRESS``, or else starts
     one on this machine and stops it in the end.
@@ -62,13 +64,15 @@ class _Task:
 
 
 class _RayPool:
-    """Batches as Ray tasks, one at a time on each of `number` CPUs."""
+    """Batches as Ray tasks, one at a time on each of `number` CPUs or GPUs."""
 
     def __init__(self, ray: Any, evaluator: Evaluator, number: int) -> None:
         self._ray, self._number = ray, number
         self._evaluator = ray.put(evaluator)
         # Ray must not repeat a lost task by itself: it would repeat a whole batch, and a trial that kills for ever.
-        self._evaluate = ray.remote(num_cpus=1, max_retries=0)(_evaluate_remotely)
+        # Without GPUs of its own a task would see none, and train on the CPU.
+        gpus = min(1, int(ray.cluster_resources().get("GPU", 0))) if runs_on_gpu(evaluator) else 0
+        self._evaluate = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_evaluate_remotely)
         self._tasks: dict[Any, _Task] = {}
 
     @property

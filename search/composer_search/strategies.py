@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from composer_megatron.errors import UsageError
 from composer_megatron.shape import load_shape
 from composer_search.constraints import Criteria
-from composer_search.evaluation import Evaluator, ScalableEvaluator
+from composer_search.effort import effort
+from composer_search.evaluation import Evaluator, MatchableEvaluator, ScalableEvaluator
 from composer_search.extrapolate import Match, Method
 from composer_search.incremental import search_steps
 from composer_search.loop import Progress, run_trials
@@ -20,6 +21,7 @@ from composer_search.objectives import ACCURACY, Objective, Target
 from composer_search.proposers import Proposal, make_proposer
 from composer_search.region import Region
 from composer_search.space import Space
+from composer_search.speed import Measured
 from composer_search.study import Study, StudySettings, Trial
 from composer_search.workers import Executor
 
@@ -45,6 +47,8 @@ class SearchSettings:
         step: Blocks that a step of an incremental search adds.
         width_scaling: Make candidates as wide, in proportion to their depth, as the target: the evaluator's own widths
             belong to the depth of the target's Llama-style baseline.
+        weights: Make all candidates equally big: each is trained at widths that give its blocks so many weights; 0 for
+            as many as half attention and half MLPs have at the evaluator's widths, None for those widths throughout.
         proposer: Who chooses. Where the budget covers the whole space, the search is exhaustive whatever is asked for.
         budget: Trials in all; of an incremental search, trials of each step.
         initial: Quasi-random trials before the Bayesian ones, and the population of an evolution; None for one a block
@@ -56,8 +60,9 @@ class SearchSettings:
             something needs one, and else for none.
         method: How they are grown.
         match: Their size; ``parameters`` is the arm of equal parameters.
-        seq_len: Tokens of a sequence, for FLOPs and throughput.
-        device: GPU that throughput is predicted for.
+        seq_len: Tokens of a sequence, for FLOPs and times.
+        device: GPU that times are predicted for.
+        profile: File of ``composer-megatron profile`` for the target shape: throughput and prefill are measured then.
         seed: Of the proposals, the data and the weights.
         evaluator: A name of `composer_search.evaluators.EVALUATORS`.
         overrides: Settings of it to change, by name (`composer_search.evaluators.preset`).
@@ -72,6 +77,7 @@ class SearchSettings:
     strategy: Strategy = "one-shot"
     step: int = 4
     width_scaling: bool = False
+    weights: int | None = None
     proposer: ProposerName = "bayesian"
     budget: int = 16
     initial: int | None = None
@@ -83,6 +89,7 @@ class SearchSettings:
     match: Match = "paper"
     seq_len: int = 4096
     device: str = "h100"
+    profile: Path | str | None = None
     seed: int = 0
     evaluator: str = "demo"
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -94,16 +101,21 @@ class SearchSettings:
     @property
     def criteria(self) -> Criteria:
         """The objective, the constraints and the target, read and checked."""
-        needed = bool(self.constraints) or not Objective.parse(self.objective).plain
-        shape = self.target_shape or (_DEFAULT_TARGET if needed else None)
-        options: dict[str, Any] = {
-            "method": self.method,
-            "match": self.match,
-            "seq_len": self.seq_len,
-            "device": self.device,
-        }
-        target = None if shape is None else Target(shape=load_shape(shape), **options)
-        return Criteria.parse(self.objective, self.constraints, target)
+        needed = bool(self.constraints or self.profile) or not Objective.parse(self.objective).plain
+        name = self.target_shape or (_DEFAULT_TARGET if needed else None)
+        return Criteria.parse(self.objective, self.constraints, None if name is None else self._target(name))
+
+    def _target(self, name: str) -> Target:
+        shape = load_shape(name)
+        profile = self.profile and Measured.load(self.profile, shape, self.seq_len, self.primitives)
+        return Target(
+            shape=shape,
+            method=self.method,
+            match=self.match,
+            seq_len=self.seq_len,
+            device=self.device,
+            profile=profile or None,
+        )
 
     def study_settings(self, evaluator: Evaluator) -> StudySettings:
         """The settings in full, as a study keeps them."""
@@ -158,7 +170,8 @@ def search(
         raise UsageError(f"workers={workers}; expected 0 (in this process) or more")
     if evaluator is None:
         evaluator = _named_evaluator(settings, Path(study_path), cache_dir)
-    wanted = settings.study_settings(evaluator)
+    whole = _fitting(evaluator, settings, settings.length)  # refuses what it cannot do before there is a folder
+    wanted = settings.study_settings(whole if settings.strategy == "one-shot" else evaluator)
 
     def run(study: Study) -> None:
         fitting = _fitting(evaluator, settings, study.settings.space.length)
@@ -170,8 +183,7 @@ def search(
             return _fitting(evaluator, settings, length).describe()
 
         return search_steps(wanted, study_path, describe, run)
-    make_proposer(wanted)  # refuses what cannot be searched before there is a folder
-    _fitting(evaluator, settings, settings.length)
+    make_proposer(wanted)  # likewise
     with Study.open(study_path, wanted) as study:
         run(study)
     return study
@@ -198,15 +210,22 @@ def _fitting(evaluator: Evaluator, settings: SearchSettings, length: int) -> Eva
 
     With width scaling, width : depth is the target's throughout: a candidate of L of the target's D blocks has L/D of
     the widths that the evaluator would give the target. The rule is the paper's (arXiv 2510.00379: shrink the widths
-    too, keeping width to depth), which does not state its small widths.
+    too, keeping width to depth), which does not state its small widths. With a number of weights each candidate then
+    has widths of its own.
     """
-    if not settings.width_scaling:
-        return evaluator
-    if not isinstance(evaluator, ScalableEvaluator):
-        name = evaluator.describe().get("name")
-        raise UsageError(f"width scaling: the evaluator {name!r} cannot change its widths; leave it off")
-    depth = 2 * load_shape(settings.target_shape or _DEFAULT_TARGET).baseline_pairs
-    return evaluator.scaled(Fraction(length, depth))
+    name = evaluator.describe().get("name")
+    if settings.width_scaling:
+        if not isinstance(evaluator, ScalableEvaluator):
+            raise UsageError(f"width scaling: the evaluator {name!r} cannot change its widths; leave it off")
+        depth = 2 * load_shape(settings.target_shape or _DEFAULT_TARGET).baseline_pairs
+        evaluator = evaluator.scaled(Fraction(length, depth))
+    if settings.weights is not None:
+        if settings.weights < 0:
+            raise UsageError(f"weights={settings.weights}; expected 0 or more")
+        if not isinstance(evaluator, MatchableEvaluator):
+            raise UsageError(f"weights: the evaluator {name!r} cannot change its widths; leave it out")
+        evaluator = evaluator.with_weights(settings.weights)
+    return evaluator
 
 
 @contextlib.contextmanager
@@ -232,10 +251,10 @@ def progress_bar(console: Console | None = None) -> Iterator[Progress]:
             for trial in study.trials[shown.get(study.path, len(study.trials)) :]:
                 bar.console.print(_line(trial, study), markup=False)
             shown[study.path] = len(study.trials)
+            done = effort(study)
             names = ", ".join(str(proposal.sequence) for proposal in running)
-            bar.update(
-                task, completed=len(study.trials), total=study.settings.budget, now=f"running {names}" if names else ""
-            )
+            count = len(done.trials)
+            bar.update(task, completed=count, total=count + done.left, now=f"running {names}" if names else "")
 
         yield show
 

@@ -108,7 +108,8 @@ class Trial:
         seed_scores: The score of each seed.
         tasks: The score of each task, mean over seeds.
         test_score: The score on data that nothing was chosen by.
-        objective: The exact metrics of the grown sequence and, of a mix, its ``value``; empty where there is no target.
+        objective: The exact metrics of the grown sequence and, of a mix, its ``value``, of several goals ``goal_1``, …;
+            empty where there is no target.
         details: More, for people.
         error: Why the trial failed; None for a completed one.
     """
@@ -131,6 +132,14 @@ class Trial:
     def completed(self) -> bool:
         """Whether it has a score."""
         return self.score is not None
+
+    @property
+    def value(self) -> float | None:
+        """What it is ranked by: the value of the objective, its first goal's where it has several; None if it failed.
+
+        A plain objective's value is the score.
+        """
+        return self.objective.get("value", self.objective.get("goal_1", self.score)) if self.completed else None
 
     def as_dict(self) -> dict[str, Any]:
         """The trial as a line of the log."""

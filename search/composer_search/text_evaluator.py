@@ -24,7 +24,7 @@ from composer_search.candidate import Widths
 from composer_search.evaluation import Evaluation, Evaluator
 from composer_search.evaluators.mad import training_seed
 from composer_search.evaluators.presets import like, nearest
-from composer_search.evaluators.settings import scaled_widths
+from composer_search.evaluators.settings import fitting_widths, scaled_widths, width_details
 from composer_search.population import Row
 from composer_search.text_data import TextSample, TextSource, sample_text
 from composer_search.text_training import LossResult, train_for_loss
@@ -41,6 +41,7 @@ class TextSettings:
         train: Widths, schedule, learning rates and batch. Every training runs all its steps.
         seeds: Trainings, from different weights and batches.
         seed: Of the choice of text, which every training shares, and of the trainings' seeds.
+        weights: Train every sequence at widths that give its blocks so many weights, as in `MadSettings`.
     """
 
     name: str
@@ -48,6 +49,7 @@ class TextSettings:
     train: TrainSettings = field(default_factory=TrainSettings)
     seeds: int = 1
     seed: int = 0
+    weights: int | None = None
 
     def __post_init__(self) -> None:
         """Raise a `UsageError` that names the setting."""
@@ -80,6 +82,11 @@ class TextEvaluator(Evaluator):
         self.settings = settings
         self.sample: TextSample = sample_text(settings.source, settings.seed)
 
+    @property
+    def device(self) -> str:
+        """Where candidates are trained."""
+        return self.settings.train.device
+
     def describe(self) -> dict[str, Any]:
         """All settings as JSON values, and a hash of the text instead of where it lies."""
         settings = self.settings
@@ -89,7 +96,9 @@ class TextEvaluator(Evaluator):
             del trainer[unused]
         source = {key: getattr(settings.source, key) for key in ("seq_len", "n_train", "n_valid", "n_test")}
         text = {"text": self.sample.fingerprint, "vocab_size": self.sample.data.vocab_size}
-        return {"name": settings.name, **text, **source, **trainer, "seeds": settings.seeds, "seed": settings.seed}
+        matched = {} if settings.weights is None else {"weights": settings.weights}
+        trainings = {**trainer, **matched, "seeds": settings.seeds, "seed": settings.seed}
+        return {"name": settings.name, **text, **source, **trainings}
 
     def evaluate(self, sequence: CompositeSequence) -> Evaluation:
         """Train the sequence's models and score them."""
@@ -109,8 +118,8 @@ class TextEvaluator(Evaluator):
         picks = zip(sequences, chosen, strict=True)
         again = iter(self._train([(sequence, best.learning_rate, seed) for sequence, best in picks for seed in others]))
         return [
-            self._evaluation([best, *(next(again) for _ in others)], grid)
-            for best, grid in zip(chosen, grids, strict=True)
+            self._evaluation(sequence, [best, *(next(again) for _ in others)], grid)
+            for sequence, best, grid in zip(sequences, chosen, grids, strict=True)
         ]
 
     def at_fidelity(self, share: float) -> TextEvaluator:
@@ -118,25 +127,41 @@ class TextEvaluator(Evaluator):
         train = self.settings.train
         steps = max(1, round(share * train.steps))
         warmup = min(steps, round(share * train.warmup_steps))
-        return self._with(dataclasses.replace(train, steps=steps, warmup_steps=warmup))
+        return self._with(train=dataclasses.replace(train, steps=steps, warmup_steps=warmup))
 
     def scaled(self, share: Fraction) -> TextEvaluator:
         """The evaluator with every width of the candidates times `share`, on the same text."""
         train = self.settings.train
-        return self._with(dataclasses.replace(train, widths=scaled_widths(train.widths, share)))
+        return self._with(train=dataclasses.replace(train, widths=scaled_widths(train.widths, share)))
 
-    def _with(self, train: TrainSettings) -> TextEvaluator:
-        """The evaluator with other training settings; the text need not be read again."""
+    def with_weights(self, weights: int) -> TextEvaluator:
+        """The evaluator with every candidate at widths that give its blocks so many weights, on the same text."""
+        return self._with(weights=weights)
+
+    def _with(self, **changes: Any) -> TextEvaluator:
+        """The evaluator with other settings; the text need not be read again."""
         other = object.__new__(TextEvaluator)
-        other.settings, other.sample = dataclasses.replace(self.settings, train=train), self.sample
+        other.settings, other.sample = dataclasses.replace(self.settings, **changes), self.sample
         return other
 
     def _train(self, trainings: Sequence[tuple[CompositeSequence, float, int]]) -> list[LossResult]:
-        decay = self.settings.train.weight_decay
-        rows = [Row(sequence, self.sample.data, rate, decay, seed) for sequence, rate, seed in trainings]
-        return train_for_loss(rows, self.settings.train)
+        """A result for each training, in their order; those of the same widths together."""
+        train, weights = self.settings.train, self.settings.weights
+        places: dict[Widths, list[int]] = {}
+        for place, (sequence, _, _) in enumerate(trainings):
+            places.setdefault(fitting_widths(sequence, train.widths, weights), []).append(place)
+        results: dict[int, LossResult] = {}
+        for widths, here in places.items():
+            rows = [self._row(*trainings[place]) for place in here]
+            results |= zip(here, train_for_loss(rows, dataclasses.replace(train, widths=widths)), strict=True)
+        return [results[place] for place in range(len(trainings))]
 
-    def _evaluation(self, seeds: Sequence[LossResult], grid: Sequence[LossResult]) -> Evaluation:
+    def _row(self, sequence: CompositeSequence, rate: float, seed: int) -> Row:
+        return Row(sequence, self.sample.data, rate, self.settings.train.weight_decay, seed)
+
+    def _evaluation(
+        self, sequence: CompositeSequence, seeds: Sequence[LossResult], grid: Sequence[LossResult]
+    ) -> Evaluation:
         best, unigram = seeds[0], self.sample.unigram_nats
         scores = tuple(1 - result.validation / unigram for result in seeds)
         details = {
@@ -146,7 +171,7 @@ class TextEvaluator(Evaluator):
             "learning_rate": best.learning_rate,
             "by_rate": [[result.learning_rate, _finite(result.validation)] for result in grid],
             "curve": [[step, _finite(nats)] for step, nats in best.curve],
-        }
+        } | width_details(sequence, self.settings.train.widths, self.settings.weights)
         if not all(map(math.isfinite, scores)):
             rates = ", ".join(f"{result.learning_rate:g}" for result in grid)
             reason = f"the loss was no number in a training; learning rates tried: {rates}"
@@ -193,7 +218,7 @@ def text_preset(name: str, *, text: Sequence[Path | str], shape: str | None = No
     places: dict[str, Any] = {"whole": settings, "source": settings.source, "train": settings.train}
     places["widths"] = settings.train.widths
     fields = {field.name: place for place, part in places.items() for field in dataclasses.fields(part)}
-    for fixed in ("name", "source", "train", "widths", "text", "metric", "patience", "solved"):
+    for fixed in ("name", "source", "train", "widths", "text", "metric", "patience", "solved", "weights"):
         del fields[fixed]
     changes: dict[str, dict[str, Any]] = {place: {} for place in places}
     for key, value in overrides.items():

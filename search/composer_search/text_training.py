@@ -10,6 +10,7 @@ import torch
 
 from composer_search.candidate import Candidate
 from composer_search.population.feed import Row
+from composer_search.population.operations import fits_kernels
 from composer_search.population.plan import chunks, rows_at_once
 from composer_search.population.population import Population
 from composer_search.population.replay import cuda_graph
@@ -59,7 +60,7 @@ def train_for_loss(rows: Sequence[Row], settings: TrainSettings) -> list[LossRes
 def _train(rows: Sequence[Row], settings: TrainSettings, device: torch.device) -> list[LossResult]:
     capture = cuda_graph if device.type == "cuda" else None
     with matmul_precision(settings.precision):
-        population = Population(rows, settings, device, capture)
+        population = Population(rows, settings, device, capture, fits_kernels(device, settings))
         models = [build(row.sequence, row.data, settings, row.seed).to(device) for row in rows]
         curves: list[list[tuple[int, float]]] = [[] for _ in rows]
         while population.step < settings.steps:

@@ -4,6 +4,8 @@ A worker takes a batch of trials at a time. One that dies costs its trial and no
 had not ended start again, each by itself, so that the one which kills its worker is found out. Workers end when their
 parent does, in whatever way it ends, since each watches for that; and only the parent heeds Ctrl-C. This module imports
 neither torch nor an evaluator, so that a worker is up at once.
+
+Where candidates are trained on a GPU and there are several, the workers share them out, one after the other.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Literal, Protocol
 
 from composer_megatron.errors import ComposerError
 from composer_megatron.sequence import CompositeSequence
-from composer_search.evaluation import BatchEvaluator, Evaluation, Evaluator
+from composer_search.evaluation import BatchEvaluator, Evaluation, Evaluator, runs_on_gpu
 from composer_search.proposers import Proposal
 
 Executor = Literal["local", "ray"]
@@ -136,9 +138,14 @@ class _Processes:
         return max(0, self._number - len(self._busy) - len(self._again))
 
     def start(self, batch: Sequence[Proposal]) -> None:
-        worker = self._idle.pop() if self._idle else _Worker(self._evaluator)
+        worker = self._idle.pop() if self._idle else _Worker(self._evaluator, self._free_place())
         self._busy[worker] = list(batch)
         worker.begin([proposal.sequence for proposal in batch])
+
+    def _free_place(self) -> int:
+        """The lowest number that no living worker has."""
+        taken = {worker.place for worker in [*self._idle, *self._busy]}
+        return next(place for place in range(self._number + 1) if place not in taken)
 
     def wait(self) -> list[tuple[Proposal, Outcome]]:
         while self._again and len(self._busy) < self._number:
@@ -166,12 +173,13 @@ class _Processes:
 
 
 class _Worker:
-    """The parent's end of one worker process."""
+    """The parent's end of one worker process; `place` numbers it among the living ones."""
 
-    def __init__(self, evaluator: Evaluator) -> None:
+    def __init__(self, evaluator: Evaluator, place: int) -> None:
+        self.place = place
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs,), name="composer-search worker", daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, place), name="composer-search worker", daemon=True)
         self.process.start()
         theirs.close()  # so that the worker's death closes the pipe
         self.alive, self.ready = True, False
@@ -225,17 +233,37 @@ class _Worker:
         self.process.join(timeout=10)
 
 
-def _work(connection: Connection) -> None:
+def _work(connection: Connection, place: int) -> None:
     """The worker: evaluate the sequences that come, until the parent closes the pipe or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"  # read when the evaluator's modules, torch among them, are imported below
     evaluator: Evaluator = connection.recv()
+    if runs_on_gpu(evaluator):
+        take_gpu(place)
     connection.send(_READY)
     with contextlib.suppress(EOFError, OSError):
         while True:
             for outcome in evaluate_batch(evaluator, connection.recv()):
                 connection.send(outcome)
+
+
+def take_gpu(place: int) -> None:
+    """Make one of several GPUs this thread's own, by the number of the worker."""
+    import torch
+
+    if torch.cuda.device_count() > 1:
+        torch.cuda.set_device(place % torch.cuda.device_count())
+
+
+def default_workers(on_gpu: bool) -> int:
+    """One worker for each GPU where candidates are trained on them and there are any; else one a core, at most 8."""
+    cores = min(8, len(os.sched_getaffinity(0)))
+    if not on_gpu:
+        return cores
+    import torch
+
+    return torch.cuda.device_count() or cores
 
 
 def _end_with_parent() -> None:

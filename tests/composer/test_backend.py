@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers as megatron_layers
+from megatron.core.transformer import attention
 
 from composer_megatron import backend as backends
 from composer_megatron import cpu
@@ -18,6 +19,7 @@ from composer_megatron.architecture import Architecture
 from composer_megatron.arguments import Flags, backend_flags, given_flags, parse_options
 from composer_megatron.backend import BACKENDS, PARTS, get_backend
 from composer_megatron.errors import ComposerError, UsageError
+from composer_megatron.guards import check_joined_rope
 from composer_megatron.layers import wgrad
 from composer_megatron.model import CompositeModel, build_model
 from composer_megatron.packages import check_packages
@@ -90,11 +92,46 @@ def test_every_backend_builds_the_same_parameters(name):
     assert found == {name: tuple(parameter.shape) for name, parameter in wanted.named_parameters()}
 
 
+class TestJoinedRope:
+    """``rope=qkv``: the rotary embedding takes query, key and value as the projection left them."""
+
+    @pytest.mark.parametrize("letters", ["A", "AMAAM"])
+    def test_it_computes_what_the_parts_one_after_the_other_do(self, letters, monkeypatch):
+        calls = []
+        ours = model(letters, dtype=torch.float32, backend="composer", parts={"rope": "qkv"})
+        turn = attention.apply_fused_qkv_rotary_pos_emb
+        monkeypatch.setattr(attention, "apply_fused_qkv_rotary_pos_emb", lambda *args: calls.append(0) or turn(*args))
+        found = losses_and_gradients(ours)
+        assert len(calls) == letters.count("A")
+        wanted = losses_and_gradients(model(letters, dtype=torch.float32, backend="composer"))
+        assert len(calls) == letters.count("A")  # without the part nothing is joined
+        assert_close(found, wanted)
+
+    def test_what_it_cannot_serve_is_refused(self, monkeypatch):
+        built = model("A", backend="composer", parts={"rope": "qkv"})
+        hidden = torch.zeros(4, 1, SHAPE.hidden_size)
+        with pytest.raises(UsageError, match="does not serve generation"):
+            built.decoder(hidden, None, SimpleNamespace())
+        with pytest.raises(UsageError, match="does not serve packed sequences"):
+            built.decoder(hidden, None, packed_seq_params=SimpleNamespace())
+        asked = SimpleNamespace(
+            fused_single_qkv_rope=True, rotary_interleaved=False, num_query_groups=2, tensor_model_parallel_size=2
+        )
+        check_joined_rope(asked)
+        with pytest.raises(UsageError, match="use at most 2 tensor-parallel ranks"):
+            check_joined_rope(SimpleNamespace(**vars(asked) | {"tensor_model_parallel_size": 4}))
+        with pytest.raises(UsageError, match="beside rotary_interleaved"):
+            check_joined_rope(SimpleNamespace(**vars(asked) | {"rotary_interleaved": True}))
+        monkeypatch.setattr(attention, "HAVE_FUSED_QKV_ROPE", False)
+        with pytest.raises(UsageError, match="add --backend-part rope=qkv"):
+            check_joined_rope(asked)
+
+
 def test_transformer_engine_on_the_meta_device_gets_a_message(monkeypatch):
     local = get_backend("local")
     row = dataclasses.replace(local, name="te", linear=backends.Part("TransformerEngine", local.linear.use))
     monkeypatch.setattr(backends, "BACKENDS", BACKENDS | {"te": lambda: row})
-    with pytest.raises(UsageError, match="te cannot build on the meta device.*backend local has the same parameters"):
+    with pytest.raises(UsageError, match=r"te cannot build on the meta device.*backend local has the same parameters"):
         model("A", backend="te", meta=True)
 
 

@@ -1,33 +1,51 @@
-"""The throughput measurement: what it records adds up, and what it refuses."""
+"""``bench training``: what reaches the script, and what becomes of a script that fails or is not there."""
 
-import statistics
+import json
+from pathlib import Path
 
 import pytest
 
-from composer_megatron.architecture import Architecture
-from composer_megatron.errors import UsageError
-from composer_megatron.sequence import CompositeSequence
-from composer_megatron.shape import PRESETS
+from composer_megatron.bench import TrainingBenchmark, run_training
+from composer_megatron.errors import ComposerError, UsageError
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import composer_megatron
+output = Path(sys.argv[sys.argv.index("--output") + 1])
+output.write_text(json.dumps(sys.argv[1:]))
+sys.exit(3 if "broken" in sys.argv else 0)
+"""
 
 
-def test_figures_follow_from_the_times() -> None:
-    bench = pytest.importorskip("composer_megatron.bench", reason="needs the extra [train]")
-    composite = Architecture(CompositeSequence.parse("2A4M"), PRESETS["tiny"])
-    result = bench.bench_training(composite, bench.Workload(seq_len=16, batch=2, warmup=1, steps=3))
-    assert set(result["models"]) == {"composite", "baseline"}
-    for name, architecture in (("composite", composite), ("baseline", composite.baseline())):
-        row = result["models"][name]
-        assert len(row["seconds"]) == 3
-        assert row["tokens_per_second"] == pytest.approx(32 / statistics.median(row["seconds"]))
-        assert row["tflops"] * 1e12 == pytest.approx(row["tokens_per_second"] * architecture.flops_per_token(16))
-        assert row["params_total"] == architecture.params_total
-    rates = [result["models"][name]["tokens_per_second"] for name in ("composite", "baseline")]
-    assert result["speedup"] == pytest.approx(rates[0] / rates[1])
-    assert result["environment"]["packages"]["torch"]
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/bench_training.py").write_text(SCRIPT)
+    return tmp_path / "benchmarks"
 
 
-def test_workloads_that_time_nothing() -> None:
-    bench = pytest.importorskip("composer_megatron.bench", reason="needs the extra [train]")
-    for changes in ({"seq_len": 0}, {"batch": 0}, {"steps": 0}, {"warmup": -1}):
-        with pytest.raises(UsageError, match=next(iter(changes))):
-            bench.Workload(**({"seq_len": 8, "batch": 1} | changes))
+def test_options_reach_the_script(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    output = tmp_path / "out.json"
+    asked = TrainingBenchmark(shapes=("tiny",), backends=("local", "compile"), lengths=(16, 32), step_tokens=64)
+    run_training(asked, output, folder)
+    got = json.loads(output.read_text())
+    wanted = "--shapes tiny --backends local compile --lengths 16 32 --step-tokens 64"
+    assert wanted in " ".join(got)
+    assert "--quick" not in got
+    assert TrainingBenchmark(quick=True, budget=5.0).arguments() == ["--quick", "--budget", "5.0"]
+
+
+def test_a_script_that_fails_or_is_missing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    with pytest.raises(ComposerError, match="status 3"):
+        run_training(TrainingBenchmark(models=("broken",)), tmp_path / "out.json", folder)
+    with pytest.raises(ComposerError, match="checkout"):
+        run_training(TrainingBenchmark(), tmp_path / "out.json", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("changes", [{"lengths": (0,)}, {"step_tokens": -1}, {"budget": 0.0}])
+def test_numbers_that_measure_nothing(changes: dict) -> None:
+    with pytest.raises(UsageError, match=next(iter(changes))):
+        TrainingBenchmark(**changes)

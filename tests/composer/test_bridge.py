@@ -36,10 +36,10 @@ from composer_megatron.bridge import composite_provider, model_fields  # noqa: E
 from composer_megatron.errors import ComposerError, UsageError  # noqa: E402
 from composer_megatron.gpt_spec import block_spec  # noqa: E402
 from composer_megatron.model import build_model, end_single_process, initialize_single_process  # noqa: E402
+from composer_megatron.pattern import hybrid_pattern  # noqa: E402
 from composer_megatron.pipeline import cut_sequence  # noqa: E402
 from composer_megatron.sequence import CompositeSequence  # noqa: E402
 from composer_megatron.shape import PRESETS  # noqa: E402
-from composer_megatron.specs import hybrid_pattern  # noqa: E402
 from composer_megatron.stack import CompositeStack  # noqa: E402
 
 torch.set_num_threads(1)
@@ -253,6 +253,18 @@ def test_the_pattern_is_cut_for_the_pipeline():
     cut = cut_sequence(ARCHITECTURE, 2, seq_len=16)
     assert provider.hybrid_layer_pattern == hybrid_pattern(ARCHITECTURE.sequence, cut)
     assert provider.hybrid_layer_pattern.count("|") == 1
+
+
+@pytest.mark.usefixtures("provider_class")
+def test_what_further_primitives_need_is_set_or_refused():
+    def provider(letters: str) -> HybridModelProvider:
+        return composite_provider(dataclasses.replace(ARCHITECTURE, sequence=CompositeSequence(letters)))
+
+    assert provider("WMAM").window_size == (SHAPE.window - 1, 0)
+    assert provider("WMAM").window_attn_skip_freq == [1, 0, 0, 0]
+    assert provider("EA").num_moe_experts == SHAPE.expert_widths.num_experts
+    with pytest.raises(UsageError, match="1L1M needs q_lora_rank, which HybridModelProvider does not have"):
+        provider("LM")
 
 
 @pytest.mark.usefixtures("provider_class")

@@ -13,7 +13,7 @@ import torch
 from composer_megatron.architecture import Architecture
 from composer_megatron.checkpoint import complete_iterations, find_checkpoint, load_run
 from composer_megatron.errors import FileError, UsageError
-from composer_megatron.model import build_model
+from composer_megatron.model import build_model, end_single_process
 from composer_megatron.sequence import CompositeSequence
 
 torch.set_num_threads(1)
@@ -23,10 +23,7 @@ torch.set_num_threads(1)
 def no_group():
     """Start without the process group that an earlier test may have left."""
     if torch.distributed.is_initialized():
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+        end_single_process()
 
 
 def drawn(run: Path, dtype=torch.float32) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import pytest
 
 from composer_megatron import cli
 from composer_megatron.architecture import Architecture
+from composer_megatron.errors import ComposerError
 
 
 class Outcome:
@@ -31,6 +32,7 @@ def test_extrapolate_prints_the_promised_keys(capsys: pytest.CaptureFixture[str]
     assert set(found) == {
         *("sequence", "runs", "blocks", "attention", "mlp", "params_non_embedding", "params_total"),
         *("kv_bytes_per_token", "kv_ratio", "flops_per_token", "flops_ratio"),
+        *("counts", "active_parameters", "state_bytes"),
     }
     assert (found["blocks"], found["attention"], found["mlp"]) == (27, 9, 18)
     assert found["kv_ratio"] == 16 / 9
@@ -136,7 +138,21 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "2A4M", "--shape", "tiny", "--profile", "absent.json"], 1, "absent.json"),
         (["plan", "2A4M", "--shape", "tiny", "--mtp", "1X"], 2, "unknown primitive 'X'"),
         (["plan", "2A4M", "--shape", "tiny", "--gpus", "2", "--tp", "2"], 2, "leave one of them out"),
+        (["plan", "2A4M", "--shape", "tiny", "--gpus", "2", "--sequence-parallel"], 2, "--sequence-parallel beside"),
+        (["plan", "2A4M", "--shape", "tiny", "--gpus", "2", "--distributed-optimizer"], 2, "leave one of them out"),
         (["plan", "2A4M", "--shape", "70b", "--gpus", "1"], 2, "the least needs"),
+        (["plan", "2A4M", "--shape", "tiny", "--memory-limit", "-3"], 2, "expected GB, more than 0"),
+        (["plan", "2A4M", "--shape", "tiny", "--memory-limit", "nan"], 2, "expected GB, more than 0"),
+        (["flags", "absent.json"], 1, "absent.json"),
+        (["import", "absent", "run"], 1, "absent is no folder"),
+        (["watch", "absent-study"], 1, "absent-study"),
+        (["watch", "absent-study", "--seconds", "0"], 2, "more than 0"),
+        (["evidence", "oracle", "absent-study"], 1, "absent-study"),
+        (["evidence", "regret", "absent-study"], 1, "absent-study"),
+        (["evidence", "agreement", "absent.json"], 1, "absent.json"),
+        (["evidence", "ablation", "absent-study"], 1, "absent-study"),
+        (["evidence", "growth", "2X"], 2, "unknown primitive 'X'"),
+        (["evidence", "dance"], 2, "oracle"),
         (["profile", "profile.json", "--seq-len", "0"], 2, "seq_len=0"),
         (["plan", "a.json", "--shape", "tiny"], 2, "has its own shape"),
         (["aggregate", "absent-study"], 1, "absent-study"),
@@ -145,9 +161,17 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
         (["export", "absent-run", "out"], 1, "absent-run"),
         (["report", "absent-study"], 1, "absent-study"),
         (["report", "--run", "nameless"], 2, "NAME="),
+        (["report"], 2, "nothing to report"),
         (["search", "study", "--length", "0"], 2, "length=0"),
         (["search", "study", "--budget", "0"], 2, "budget=0"),
-        (["bench", "training", "--steps", "0", "--shape", "tiny"], 2, "steps=0"),
+        (["search", "study", "--strategy", "end", "--step", "9"], 2, "expected 1 to 6 blocks"),
+        (["search", "study", "--objective", "acuracy"], 2, "unknown metric 'acuracy'"),
+        (["search", "study", "--constraint", "attention < 1/3"], 2, "expected one such as"),
+        (["search", "study", "--preset", "small-text"], 2, "needs text"),
+        (["search", "study", "--text", "a.txt"], 2, "belongs to the evaluator"),
+        (["search", "study", "--workers", "-1"], 2, "workers=-1"),
+        (["bench", "kernels", "--ops", "dance"], 2, "no such kernel benchmark"),
+        (["bench", "training", "--budget", "soon"], 2, "--budget"),
         (["train", "--architecture", "absent.json", "--text", "t", "--run-dir", "r"], 1, "absent.json"),
         (["extrapolate", "2A4M", "--", "--lr", "1"], 2, "megatron-flags"),
     ],
@@ -169,6 +193,31 @@ def test_mistakes_end_with_one_message(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_flags_that_no_shell_could_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    architecture = str(tmp_path / "architecture.json")
+    run(capsys, "extrapolate", "2A4M", "--shape", "tiny", "--output", architecture)
+    folders = ["--architecture", architecture, "--text", str(tmp_path), "--run-dir", str(tmp_path / "run")]
+    done = run(capsys, "train", *folders, "--megatron-flags=--lr '1")
+    assert done.status == 2
+    assert "No closing quotation" in done.err
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(["--workers", "0"], 0), (["--workers", "3"], 3), ([], 1)])
+def test_search_without_workers_runs_in_this_process(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: list[str], wanted: int
+) -> None:
+    asked: list[int] = []
+
+    def search(*_: object, workers: int, **__: object) -> None:
+        asked.append(workers)
+        raise ComposerError("enough")
+
+    monkeypatch.setattr("composer_search.strategies.search", search)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    assert run(capsys, "search", "study", *given).status == 1
+    assert asked == [wanted]
+
+
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     done = run(capsys, "extrapolate", "2A4X", "--debug")
     assert done.status == 2
@@ -183,7 +232,7 @@ def test_train_dry_run_starts_nothing(
     monkeypatch.setattr(
         "composer_megatron.train.megatron_command_line", lambda options, processes: asked.append(processes)
     )
-    monkeypatch.setattr("composer_megatron.text.folder.load_text_folder", lambda path: None)
+    monkeypatch.setattr("composer_megatron.data_flags.load_text", lambda options: None)
     architecture = tmp_path / "architecture.json"
     run(capsys, "extrapolate", "2A4M", "--shape", "tiny", "--output", str(architecture))
     folders = ["--architecture", str(architecture), "--text", str(tmp_path), "--run-dir", str(tmp_path / "run")]

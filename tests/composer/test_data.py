@@ -1,5 +1,7 @@
 """Validation that repeats, and the loss of a micro-batch."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,13 @@ from hypothesis import strategies as st
 from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
-from composer_megatron.data import RepeatedValidation, _loss, train_valid_test_datasets
+from composer_megatron.data import (
+    RepeatedValidation,
+    _loss,
+    _loss_and_sources,
+    report_sources,
+    train_valid_test_datasets,
+)
 
 torch.set_num_threads(1)
 
@@ -45,3 +53,23 @@ def test_the_loss_is_a_sum_over_the_tokens_that_count(masked):
 
 def test_megatron_calls_the_provider_on_every_rank():
     assert train_valid_test_datasets.is_distributed is True
+
+
+def test_the_loss_of_each_source_apart():
+    losses = torch.arange(12.0).reshape(3, 4)
+    mask = torch.ones(3, 4)
+    mask[1, 2:] = 0
+    names = {0: "news", 2: "code"}
+    total, tokens, report = _loss_and_sources(mask, torch.tensor([2, 0, 2]), names, losses.reshape(1, 12))
+    assert (total, tokens) == (6 + 9 + 38, 10)
+    assert {name: values.tolist() for name, values in report.items()} == {
+        "lm loss": [53, 10],
+        "lm loss news": [9, 2],
+        "lm loss code": [44, 8],
+    }
+    args = Namespace(text_names=("news", "books", "code"))
+    report_sources(args, [2, 0, 0, 2])
+    assert args.reported_sources == names  # one without a sequence would have the loss 0 / 0
+    args = Namespace()
+    report_sources(args, [1, 0])
+    assert args.reported_sources == {}

@@ -3,7 +3,11 @@
 import ast
 import json
 import os
+import re
+import shutil
+import signal
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,15 +17,26 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", reason='needs pip install "composer-megatron[hf]"')
 
 import safetensors.torch  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils  # noqa: E402
+from tokenizers import Tokenizer, processors  # noqa: E402
+from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    dynamic_module_utils,
+    pipeline,
+)
 
 from composer_megatron import export_hf  # noqa: E402
 from composer_megatron.architecture import Architecture  # noqa: E402
 from composer_megatron.checkpoint import load_run  # noqa: E402
 from composer_megatron.errors import FileError, UsageError  # noqa: E402
 from composer_megatron.export_hf import MODELING_FILE, export, hf_weights  # noqa: E402
-from composer_megatron.generate import generate_tokens  # noqa: E402
+from composer_megatron.generate import generate, generate_tokens  # noqa: E402
+from composer_megatron.import_run import import_run  # noqa: E402
+from composer_megatron.primitives import PRIMITIVES  # noqa: E402
+from composer_megatron.stored import StoredRun  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -77,6 +92,38 @@ def test_logits_and_loss_are_ours(runs, models, name):
     assert logits.std() > 0.5  # not a comparison of nothing
     losses = ours(runs[name], ids[:, :-1], labels=ids[:, 1:].contiguous())
     assert_same(theirs.loss, losses.mean())
+
+
+def test_bf16_logits_are_as_close_to_the_exact_ones_as_ours(runs, tmp_path):
+    """Both round each operation to 8 bits, in different orders: their errors are of one size, not equal."""
+    ids, model = tokens(8, 30), load(export(runs["bf16"], tmp_path / "out"))
+    with torch.no_grad():
+        theirs = model(ids).logits
+    assert theirs.dtype == torch.bfloat16
+    with load_run(runs["bf16"], dtype=torch.float32) as run, torch.no_grad():
+        exact = run.model(ids, torch.arange(30).expand_as(ids), None)
+    our_error, their_error = (
+        float((found - exact).square().mean().sqrt()) for found in (ours(runs["bf16"], ids), theirs)
+    )
+    assert 0 < their_error < 1.2 * our_error
+    assert their_error < 0.05 * float(exact.std())  # large weights make rounding large; 0.03 here
+
+
+def test_outputs_as_a_tuple(models):
+    ids = tokens()
+    loss, logits, *_ = models["plain"](ids, labels=ids, return_dict=False)
+    assert torch.equal(logits, models["plain"](ids).logits)
+    assert loss.ndim == 0
+
+
+def test_a_compiled_forward_pass_is_one_graph(models):
+    """With masks that are made ahead, as `generate` makes them for static caches on a GPU."""
+    ids, settings = tokens(), {"use_cache": False, "position_ids": torch.arange(20).expand(2, -1)}
+    mask = torch.ones(20, 20).tril().bool().expand(2, 1, 20, 20)
+    compiled = torch.compile(models["plain"], backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert_same(compiled(ids, attention_mask=mask, **settings).logits, models["plain"](ids).logits)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -174,6 +221,34 @@ def test_the_tokenizer_is_ours(runs, exports):
     assert theirs.model_max_length == 32
 
 
+def test_chat_templates_and_special_tokens_come_along(run_dir, tmp_path):
+    """As from an imported instruction model, there and back."""
+    tokenizer = AutoTokenizer.from_pretrained(export(run_dir, tmp_path / "bare"), trust_remote_code=True)
+    tokenizer.chat_template = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+    tokenizer.pad_token = "!"
+    tokenizer.save_pretrained(tmp_path / "bare")
+    import_run(tmp_path / "bare", tmp_path / "imported")
+    again = AutoTokenizer.from_pretrained(export(tmp_path / "imported", tmp_path / "again"), trust_remote_code=True)
+    assert again.apply_chat_template([{"role": "user", "content": "12"}], tokenize=False) == "<user>12"
+    assert (again.pad_token, again.eos_token, again.padding_side) == ("!", "<|endoftext|>", "left")
+
+
+def test_a_beginning_that_the_tokenizer_itself_adds(run_dir, tmp_path):
+    """Llama's tokenizers put a token before each text; it is the model's first, not the end of the text before."""
+    tokenizer = Tokenizer.from_file(str(run_dir / "tokenizer.json"))
+    template = {"single": "! $A", "special_tokens": [("!", tokenizer.token_to_id("!"))]}
+    tokenizer.post_processor = processors.TemplateProcessing(**template)
+    tokenizer.save(str(run_dir / "tokenizer.json"))
+    folder = export(run_dir, tmp_path / "out")
+    first = tokenizer.token_to_id("!")
+    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert (theirs.bos_token, theirs.eos_token) == ("!", "<|endoftext|>")
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((folder / name).read_text())
+        assert (values["bos_token_id"], values["eos_token_id"]) == (first, 0)
+    assert theirs("12")["input_ids"] == [first, *tokenizer.encode("12", add_special_tokens=False).ids]
+
+
 def test_the_configuration_says_what_the_model_is(runs, exports):
     config = AutoConfig.from_pretrained(exports["pipeline"], trust_remote_code=True)
     shape = Architecture.load(runs["pipeline"] / "architecture.json").shape
@@ -183,8 +258,10 @@ def test_the_configuration_says_what_the_model_is(runs, exports):
     assert config.max_position_embeddings == 32
     assert config.tie_word_embeddings
     assert config.eos_token_id == 0
-    with pytest.raises(ValueError, match="sequence='2A4B'; expected counts and the letters A and M"):
+    with pytest.raises(ValueError, match="sequence='2A4B'; expected counts and the letters A, W and M"):
         type(config)(sequence="2A4B")
+    with pytest.raises(ValueError, match="sliding_window=None; 2W4M has W blocks and needs at least 1"):
+        type(config)(sequence="2W4M")
 
 
 def test_parameters_are_all_there_and_no_more(runs, models):
@@ -283,18 +360,159 @@ def test_nothing_is_overwritten(runs, tmp_path, there):
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_a_failure_leaves_nothing_behind(runs, tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise SafetensorError("No space left on device")
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit, FileError])
+def test_what_ends_early_leaves_nothing_behind(runs, tmp_path, ending):
+    """An interrupt, SIGTERM and a full disk, in the middle of the weights."""
+    before = signal.getsignal(signal.SIGTERM)
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(
-        FileError, match=r"cannot write .*model\.safetensors: No space left on device; is the disk full"
-    ):
-        export(runs["plain"], tmp_path / "out")
+    def end(done, total):
+        assert 0 < done < total
+        assert [path.name for path in tmp_path.iterdir()] != ["out"]
+        if ending is SystemExit:
+            signal.raise_signal(signal.SIGTERM)
+        raise KeyboardInterrupt if ending is KeyboardInterrupt else OSError(28, "No space left on device")
+
+    with pytest.raises(ending, match=r"143|cannot write .*: No space left|^$"):
+        export(runs["plain"], tmp_path / "out", progress=end)
     assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_disk_without_room(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(FileError, match=r"has 0\.0 GB free; the weights need"):
+        export(runs["plain"], tmp_path / "out")
     with pytest.raises(FileError, match=r"cannot make .*out: "):
         export(runs["plain"], Path("/proc/nowhere/out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_holds_no_more_than_two_tensors(runs, tmp_path, monkeypatch):
+    read, memory, told = StoredRun.read, [], []
+
+    def watched(run, name):
+        assert all(storage.expired() for storage in memory[:-1])  # the last one may be about to go
+        tensor = read(run, name)
+        memory.append(StorageWeakRef(tensor.untyped_storage()))
+        return tensor
+
+    monkeypatch.setattr(StoredRun, "read", watched)
+    export(runs["plain"], tmp_path / "out", progress=lambda done, total: told.append((done, total)))
+    architecture = Architecture.load(runs["plain"] / "architecture.json")
+    assert len(memory) == len(told) == 3 + 3 * len(architecture.sequence)  # embedding, final norm, output layer
+    assert told == sorted(told)
+    assert {total for _, total in told} == {told[-1][0]} == {4 * architecture.params_total}
+
+
+def test_blocks_without_modelling_code_are_refused_by_name(run_dir, tmp_path):
+    values = json.loads((run_dir / "architecture.json").read_text())
+    other = sorted(set(PRIMITIVES) - {"A", "W", "M"})
+    assert other
+    for letter in other:
+        (run_dir / "architecture.json").write_text(json.dumps(values | {"sequence": f"2A4M2{letter}"}))
+        named = re.escape(
+            f"has blocks of {letter} ({PRIMITIVES[letter].name}); Hugging Face models of ours have A, W, M"
+        )
+        with pytest.raises(UsageError, match=named):
+            export(run_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_the_type_cannot_hold(run_dir, tmp_path, monkeypatch):
+    read = StoredRun.read
+    monkeypatch.setattr(StoredRun, "read", lambda run, name: read(run, name) * 1e6)
+    with pytest.raises(FileError, match=r"model\.embed_tokens\.weight holds .*e\+06, more than torch\.float16 can"):
+        export(run_dir, tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["plain", "tensor", "pipeline", "mlp", "bf16"])
+def test_back_again_bit_for_bit(runs, exports, tmp_path, name):
+    folder = exports.get(name) or export(runs[name], tmp_path / "out")
+    import_run(folder, tmp_path / "run")
+    with load_run(runs[name]) as run:
+        wanted, length = hf_weights(run.model, run.architecture), run.sequence_length
+        text = run.require_tokenizer().to_str()
+    with load_run(tmp_path / "run") as run:
+        found = hf_weights(run.model, run.architecture)
+        assert (run.sequence_length, run.require_tokenizer().to_str()) == (length, text)
+    assert found.keys() == wanted.keys()
+    assert all(
+        torch.equal(found[weight], value) and found[weight].dtype == value.dtype for weight, value in wanted.items()
+    )
+    kept, original = (Architecture.load(path / "architecture.json") for path in (tmp_path / "run", runs[name]))
+    assert (kept, kept.origin) == (original, original.origin)
+
+
+def test_a_step_of_fine_tuning_saved_and_imported(exports, tmp_path):
+    """A step of AdamW lowers the loss; what transformers saves becomes a run of the tuned weights."""
+    model, ids = load(exports["pipeline"]).train(), tokens(4, 24)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(2):
+        loss = model(ids, labels=ids, attention_mask=torch.ones_like(ids)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[1] < losses[0] - 0.1
+    model.eval().save_pretrained(tmp_path / "tuned")
+    source = import_run(tmp_path / "tuned", tmp_path / "run")
+    assert source.architecture.origin == {"method": "import", "source": "tuned"}
+    with torch.no_grad():
+        assert_same(ours(tmp_path / "run", ids), model(ids).logits)
+
+
+def test_beam_search(models):
+    """With as many beams as tokens and two steps, beam search finds the likeliest pair of all."""
+    ids = tokens(1, 9)
+    settings = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "eos_token_id": None}
+    found = models["plain"].generate(ids, num_beams=300, **settings)[0, 9:].tolist()
+    with torch.no_grad():
+        first = models["plain"](ids).logits[0, -1].log_softmax(-1)
+        extended = torch.cat((ids.expand(300, -1), torch.arange(300)[:, None]), dim=1)
+        second = models["plain"](extended).logits[:, -1].log_softmax(-1)
+    best = (first[:, None] + second).argmax().item()
+    assert found == [best // 300, best % 300]
+    without = models["plain"].generate(ids, num_beams=4, use_cache=False, **settings | {"max_new_tokens": 8})
+    assert torch.equal(models["plain"].generate(ids, num_beams=4, **settings | {"max_new_tokens": 8}), without)
+
+
+def test_the_pipeline_continues_text(runs, exports):
+    prompts = ["1 Äpfel, ", "24 Äpfel, 12"]
+    write = pipeline("text-generation", model=str(exports["plain"]), trust_remote_code=True)
+    found = write(prompts, max_new_tokens=6, do_sample=False, return_full_text=False, batch_size=2)
+    with load_run(runs["plain"]) as run:
+        wanted = generate(run, prompts, max_new_tokens=6)
+    assert [texts[0]["generated_text"] for texts in found] == wanted
+
+
+def test_hidden_states_and_the_body_alone(exports, models):
+    ids = tokens()
+    with torch.no_grad():
+        outputs = models["plain"](ids, output_hidden_states=True)
+        states = outputs.hidden_states
+        body = AutoModel.from_pretrained(exports["plain"], trust_remote_code=True).eval()(ids)
+    assert len(states) == 8
+    assert torch.equal(models["plain"].model.embed_tokens(ids), states[0])
+    assert torch.equal(models["plain"].lm_head(states[-1]), outputs.logits)
+    assert_same(body.last_hidden_state, states[-1])
+    assert models["plain"](ids).hidden_states is None
+
+
+@pytest.mark.parametrize("places", ["auto", "disk"])
+def test_a_device_map(exports, models, tmp_path, places):
+    """Blocks stay whole; accelerate brings weights from the disk, and moves what a block needs."""
+    pytest.importorskip("accelerate", reason="needs pip install accelerate")
+    ids = tokens(1, 9)
+    if places == "disk":
+        names = ["model.embed_tokens", "model.norm", "lm_head", *(f"model.layers.{index}" for index in range(7))]
+        places = {name: "disk" if name in ("model.layers.1", "model.layers.4") else "cpu" for name in names}
+    model = load(exports["plain"], device_map=places, offload_folder=tmp_path)
+    assert set(model._no_split_modules) == {"AttentionBlock", "MLPBlock"}
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, **settings), models["plain"].generate(ids, **settings))
 
 
 def test_wrong_requests(runs, tmp_path):

@@ -1,19 +1,32 @@
-"""Generation: the cache changes nothing, the draws follow the settings, each prompt stands alone."""
+"""Generation: the cache changes nothing, requests stand alone in a batch, text comes whole and ends where it should."""
 
+import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from composer_megatron.architecture import Architecture
 from composer_megatron.checkpoint import load_run
 from composer_megatron.errors import FileError, UsageError
-from composer_megatron.generate import Sampling, generate, generate_tokens, write_samples
+from composer_megatron.generate import (
+    Piece,
+    Request,
+    Sampling,
+    generate,
+    generate_tokens,
+    stream,
+    stream_tokens,
+    write_samples,
+)
+from composer_megatron.inference.batching import Job
+from composer_megatron.model import build_model
+from composer_megatron.sequence import CompositeSequence
+from composer_megatron.shape import PRESETS
 
 torch.set_num_threads(1)
 
+SHAPE = dataclasses.replace(PRESETS["tiny"], init_std=0.3)  # large, as in conftest.py
 PROMPTS = ["12 Äpf", "!", "", "3 Äpfel, 6 Äpfel, 9 Äpfel"]
 
 
@@ -45,22 +58,42 @@ def test_greedy_decoding_equals_the_full_forward_pass(runs, name, length):
         assert len(set(wanted)) > 3  # a sequence that could have come out wrong
 
 
-def test_only_attention_blocks_have_a_cache(run, monkeypatch):
-    from megatron.core.inference import contexts
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_a_batch_gives_what_each_sequence_gives_alone(run, batch_size):
+    """Lengths, limits and places in the batch differ; with few rows, jobs wait for one and find another's leavings."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(1, 9), (14, 3), (5, 1), (7, 12), (2, 5), (20, 4)]
+    jobs = [Job(torch.randint(0, 300, (length,), generator=generator).tolist(), limit) for length, limit in sizes]
+    found = [[] for _ in jobs]
+    for number, token in stream_tokens(run.model, jobs, batch_size=batch_size):
+        found[number].append(token)
+    assert found == [full_forward(run.model, job.prompt, job.limit) for job in jobs]
 
-    caches = []
 
-    class Recorded(contexts.StaticInferenceContext):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            caches.append(self)
+@pytest.mark.parametrize("letters", ["MWAWM", "AEM", "ASM", "LM"])
+def test_other_blocks_are_decoded_too(letters):
+    """Windows by our own pass; experts, recurrences and latent attention by Megatron's."""
+    shape = dataclasses.replace(SHAPE, window=7)
+    architecture = Architecture(CompositeSequence(letters), shape)
+    model = build_model(architecture, max_sequence_length=64).eval().requires_grad_(False)
+    jobs = [Job(list(range(20)), 12), Job([5, 6, 7], 4), Job([8], 9)]
+    found = [[] for _ in jobs]
+    for number, token in stream_tokens(model, jobs, batch_size=2):
+        found[number].append(token)
+    assert found == [full_forward(model, job.prompt, job.limit) for job in jobs]
+    drawn = generate_tokens(model, [1], max_new_tokens=8, sampling=Sampling(1.0, seed=2))
+    assert drawn == generate_tokens(model, [1], max_new_tokens=8, sampling=Sampling(1.0, seed=2))
+    assert drawn != generate_tokens(model, [1], max_new_tokens=8)
 
-    monkeypatch.setattr(contexts, "StaticInferenceContext", Recorded)
-    generate_tokens(run.model, [1, 2, 3], max_new_tokens=5)
-    (cache,) = caches
-    assert sorted(cache.key_value_memory_dict) == [2, 3, 6]  # -**--*- counted from 1
-    elements = sum(buffer.numel() for pair in cache.key_value_memory_dict.values() for buffer in pair)
-    assert elements * 2 == (3 + 5) * run.architecture.kv_bytes_per_token()
+
+def test_a_job_that_is_ended_gets_no_more_tokens(run):
+    jobs = [Job([1], 9), Job([2], 9), Job([3], 9)]
+    found = [[] for _ in jobs]
+    for number, token in stream_tokens(run.model, jobs, batch_size=2):
+        found[number].append(token)
+        jobs[number].ended = number == 0 and len(found[0]) == 4
+    assert list(map(len, found)) == [4, 9, 9]
+    assert found[2] == full_forward(run.model, [3], 9)  # in the row that the first one left
 
 
 def test_prompts_of_different_lengths_do_not_disturb_each_other(run):
@@ -109,49 +142,35 @@ def test_a_stop_text_cuts_a_continuation(run):
     assert generate(run, ["12 Ä"], max_new_tokens=12, stop=["never so"]) == [text]
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    logits=st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=12, unique=True),
-    temperature=st.floats(0.05, 3),
-    top_k=st.none() | st.integers(1, 15),
-    top_p=st.none() | st.floats(0.01, 1),
-    seed=st.integers(0, 2**32),
-)
-def test_a_draw_comes_from_the_set_that_the_settings_allow(logits, temperature, top_k, top_p, seed):
-    order = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k]
-    weights = np.exp((np.array([logits[i] for i in order], dtype=np.float64) - max(logits)) / temperature)
-    # The fewest that reach top_p; one more where rounding could decide.
-    reached = int(np.searchsorted(np.cumsum(weights / weights.sum()), (top_p or 1) - 1e-9)) + 1
-    allowed = {order[i] for i in range(min(reached + 1, len(order)))}
-    generator = torch.Generator().manual_seed(seed)
-    chosen = Sampling(temperature, top_k, top_p).choose(torch.tensor(logits), generator)
-    assert chosen in allowed
-    assert Sampling().choose(torch.tensor(logits), generator) == order[0]
-    assert Sampling(temperature, top_k=1).choose(torch.tensor(logits), generator) == order[0]
+def test_pieces_are_the_text_in_order_and_say_why_they_end(run):
+    (text,) = generate(run, ["12 Ä"], max_new_tokens=12)
+    end = Request("12 Ä", 12, stop=(text[4:6],))
+    pieces = list(stream(run, [Request("12 Ä", 12), end, Request("12 Ä", 3)]))
+    texts = ["".join(piece.text for piece in pieces if piece.number == number) for number in range(3)]
+    assert texts[:2] == [text, text[: text.index(end.stop[0])]]
+    assert text.startswith(texts[2])
+    endings = [[piece.ending for piece in pieces if piece.number == number] for number in range(3)]
+    assert [each[-1] for each in endings] == ["length", "stop", "length"]
+    assert not any(ending for each in endings for ending in each[:-1])
+    assert sum(piece.number == 0 for piece in pieces) > 3  # it came in parts
+    assert isinstance(pieces[0], Piece)
 
 
-@pytest.mark.parametrize(
-    ("sampling", "wanted"),
-    [
-        (Sampling(1.0), [0.5, 0.3, 0.15, 0.05]),
-        (Sampling(0.5), [0.25, 0.09, 0.0225, 0.0025]),  # squared
-        (Sampling(1.0, top_k=2), [0.5, 0.3, 0, 0]),
-        (Sampling(1.0, top_p=0.79), [0.5, 0.3, 0, 0]),
-        (Sampling(1.0, top_p=0.81), [0.5, 0.3, 0.15, 0]),
-        (Sampling(1.0, top_k=2, top_p=0.6), [0.5, 0, 0, 0]),  # 0.5 of 0.8 is more than 0.6
-    ],
-)
-def test_draws_have_the_right_frequencies(sampling, wanted):
-    logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log()
-    generator = torch.Generator().manual_seed(1)
-    counts = np.bincount([sampling.choose(logits, generator) for _ in range(3000)], minlength=4)[[1, 3, 2, 0]]
-    probabilities = np.array(wanted) / sum(wanted)
-    # Six standard deviations of a binomial count: one chance in about 10^8 for a right sampler to fail.
-    assert np.all(np.abs(counts - 3000 * probabilities) <= 6 * np.sqrt(3000 * probabilities * (1 - probabilities)))
+def test_requests_have_their_own_settings(run):
+    greedy, drawn = Request("7", 8), Request("7", 8, Sampling(1.5, seed=3))
+    other, narrow = Request("7", 8, Sampling(1.5, seed=4)), Request("7", 8, Sampling(1.5, top_k=1, seed=3))
 
+    def texts(*requests):
+        found = [""] * len(requests)
+        for piece in stream(run, requests, batch_size=3):
+            found[piece.number] += piece.text
+        return found
 
-def test_a_tiny_temperature_is_greedy_and_finite():
-    assert Sampling(1e-300).choose(torch.tensor([1.0, 2.0, 1.5]), torch.Generator()) == 1
+    alone = [texts(request)[0] for request in (greedy, drawn, other, narrow)]
+    assert texts(greedy, drawn, other, narrow) == alone
+    assert texts(narrow, other, drawn, greedy) == alone[::-1]
+    assert alone[0] == alone[3]
+    assert len(set(alone)) == 3
 
 
 @pytest.mark.parametrize(
@@ -165,6 +184,7 @@ def test_a_tiny_temperature_is_greedy_and_finite():
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"seed": -1}, "seed=-1"),
         ({"stop": ["x", ""]}, "a stop text is empty"),
+        ({"batch_size": 0}, "batch_size=0; expected at least 1"),
         ({"max_new_tokens": 32}, "prompt '!' has 1 tokens, with max_new_tokens=32 more than 32.*at most 31 new tokens"),
         ({"prompts": ["!", "Ä" * 400]}, "prompt 'ÄÄÄ.*…' has .* more than 32, .*shorten the prompt"),
     ],
@@ -172,6 +192,16 @@ def test_a_tiny_temperature_is_greedy_and_finite():
 def test_wrong_requests(run, changes, message):
     with pytest.raises(UsageError, match=message):
         generate(run, **({"prompts": ["!"], "max_new_tokens": 4} | changes))
+
+
+@pytest.mark.parametrize(("prompt", "count", "message"), [([], 1, "no token"), ([1], 0, "max_new_tokens=0")])
+def test_wrong_token_requests(run, prompt, count, message):
+    with pytest.raises(UsageError, match=message):
+        generate_tokens(run.model, prompt, max_new_tokens=count)
+
+
+def test_nothing_to_continue(run):
+    assert generate(run, [], max_new_tokens=4) == []
 
 
 def test_the_longest_continuation_that_fits(run):

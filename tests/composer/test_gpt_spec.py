@@ -22,7 +22,7 @@ from megatron.training.models.gpt import GPTModelConfig  # noqa: E402
 from composer_megatron.architecture import Architecture  # noqa: E402
 from composer_megatron.errors import FileError, UsageError  # noqa: E402
 from composer_megatron.gpt_spec import ARCHITECTURE_VARIABLE, block_spec, gpt_spec  # noqa: E402
-from composer_megatron.model import build_model, end_single_process  # noqa: E402
+from composer_megatron.model import build_model  # noqa: E402
 from composer_megatron.script_flags import gpt_layout  # noqa: E402
 from composer_megatron.sequence import CompositeSequence  # noqa: E402
 from composer_megatron.shape import Shape  # noqa: E402
@@ -100,8 +100,7 @@ def hybrid():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
-    yield model
-    end_single_process()
+    return model
 
 
 def gpt_model(model_config: GPTModelConfig, backend: str | None = None) -> GPTModel:

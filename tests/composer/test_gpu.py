@@ -66,14 +66,20 @@ def test_greedy_decoding_with_the_cache_equals_the_full_pass() -> None:
     assert found == tokens[len(prompt) :]
 
 
-def test_throughput_measurement_runs() -> None:
-    from composer_megatron.bench import Workload, bench_training
-    from composer_megatron.env import device_name
+def test_throughput_measurement_runs(tmp_path: Path) -> None:
+    from composer_megatron.bench import TrainingBenchmark, run_training
 
-    result = bench_training(ARCHITECTURE, Workload(seq_len=32, batch=2, warmup=1, steps=2))
-    assert result["dtype"] == "bfloat16"
-    assert result["models"]["composite"]["tokens_per_second"] > 0
-    assert device_name() != "cpu"
+    output = tmp_path / "training.json"
+    asked = TrainingBenchmark(
+        shapes=("60m",), models=("llama",), backends=("composer", "local"), lengths=(512,), step_tokens=4096
+    )
+    run_training(asked, output)
+    result = json.loads(output.read_text())
+    assert result["ceilings"]["gemm"] > 1e12
+    for row in result["rows"]:
+        assert row["note"] == ""
+        assert row["tokens_per_second"] > 0
+        assert row["breakdown"]["gemm"] > 0
 
 
 @pytest.mark.parametrize("backend", ["composer", "te"])

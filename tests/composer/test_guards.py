@@ -176,6 +176,26 @@ def test_checkpoints_of_another_architecture(runs, sequence, changes, message):
         guards.check_same(known, other, runs["plain"] / "architecture.json")
 
 
+@pytest.mark.parametrize(
+    ("names", "saved"),
+    [
+        (["optimizer.state.exp_avg.decoder.layers.0.mlp.linear_fc1.weight", "optimizer.state.fp32_param.x"], False),
+        (["optimizer.state.exp_avg.x", "optimizer.state.param.decoder.layers.0.mlp.linear_fc1.weight"], True),
+        (["optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_0.bucket_idx_0.exp_avg"], True),
+        (["decoder.layers.0.mlp.linear_fc1.weight"], None),
+    ],
+)
+def test_the_distributed_optimizer_goes_on_only_from_its_own_checkpoints(monkeypatch, names, saved):
+    monkeypatch.setattr(guards, "_newest_tensors", lambda folder: dict.fromkeys(names, (1,)))
+    for distributed in (False, True):
+        if saved in (None, distributed):
+            guards.check_optimizer(Path("checkpoints"), distributed=distributed)
+            continue
+        advice = "add that flag" if saved else "leave out that flag"
+        with pytest.raises(UsageError, match=f"checkpoints was saved with.* --use-distributed-optimizer .*{advice}"):
+            guards.check_optimizer(Path("checkpoints"), distributed=distributed)
+
+
 def test_folders_that_are_nobodys(runs, tmp_path):
     guards.check_checkpoints(tmp_path / "none", ARCHITECTURE)
     folder = Path(shutil.copytree(runs["plain"] / "checkpoints", tmp_path / "torn"))

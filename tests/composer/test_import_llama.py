@@ -112,6 +112,53 @@ def test_a_model_in_several_files_and_in_the_words_of_transformers_4(tmp_path):
     assert_same_logits(tmp_path / "run", model)
 
 
+@pytest.mark.parametrize("files", [1, 3])
+def test_a_model_saved_as_bin(tmp_path, files):
+    """PyTorch's older files, one or several; weights that share memory, as tied ones do, are not doubled."""
+    model = llama(tmp_path / "hf", tie_word_embeddings=True)
+    (tmp_path / "hf/model.safetensors").unlink()
+    weights = list(model.state_dict().items())
+    names = ["pytorch_model.bin"] if files == 1 else [f"pytorch_model-{n}-of-{files}.bin" for n in range(files)]
+    for number, name in enumerate(names):
+        torch.save(dict(weights[number::files]), tmp_path / "hf" / name)
+    if files > 1:
+        places = {weight: names[index % files] for index, (weight, _) in enumerate(weights)}
+        (tmp_path / "hf/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    import_run(tmp_path / "hf", tmp_path / "run")
+    assert_same_logits(tmp_path / "run", model)
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("damage", ["code", "cut", "no table"])
+def test_a_bin_that_is_none(folder, tmp_path, damage):
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save({"model.norm.weight": Evil(tmp_path / "ran")} if damage == "code" else torch.ones(3), path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(FileError, match=r"pytorch_model\.bin"):
+        import_run(folder, tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_lost_file_of_several(tmp_path):
+    llama(tmp_path / "hf", shard_size="40KB")
+    lost = sorted((tmp_path / "hf").glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(FileError, match=rf"{lost.name} is missing, a part of the model's weights; download it again"):
+        import_run(tmp_path / "hf", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_bf16_weights_come_over_and_go_back_bit_for_bit(tmp_path):
     model = llama(tmp_path / "hf", dtype=torch.bfloat16)
     assert import_run(tmp_path / "hf", tmp_path / "run").dtype == torch.bfloat16
@@ -206,6 +253,19 @@ def test_what_would_not_be_exact_is_refused_by_name(folder, tmp_path, named, cha
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_scaled_rotary_embeddings_may_be_dropped_and_it_is_said(tmp_path):
+    """What is left is the same Llama with a plain rotary embedding."""
+    scaling = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0}
+    scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    scaled = llama(tmp_path / "hf", rope_parameters=scaling)
+    found = import_run(tmp_path / "hf", tmp_path / "run", drop_rope_scaling=True).architecture
+    assert found.origin == {"method": "import", "source": "hf", "dropped": "rope_scaling llama3"}
+    plain = llama(tmp_path / "plain")
+    assert_same_logits(tmp_path / "run", plain)
+    with torch.no_grad():
+        assert not torch.allclose(plain(tokens()).logits, scaled(tokens()).logits, atol=0.1)
+
+
 def test_tensors_that_are_missing_or_more(folder, tmp_path):
     change_weights(folder, {"lm_head.weight": None, "model.layers.0.self_attn.q_norm.weight": torch.ones(12)})
     with pytest.raises(FileError, match=r"lm_head.weight is missing; model.layers.0.self_attn.q_norm.weight is no"):
@@ -239,11 +299,11 @@ def test_folders_that_are_no_models(folder, tmp_path):
         open_source(tmp_path / "absent")
     with pytest.raises(FileError, match=r"holds neither config\.json"):
         open_source(tmp_path)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(FileError, match="safe_serialization=True"):
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    with pytest.raises(FileError, match=r"neither model\.safetensors nor pytorch_model\.bin, and no index"):
         open_source(folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "lost.safetensors"}}))
-    with pytest.raises(FileError, match=r"lost\.safetensors"):
+    with pytest.raises(FileError, match=r"lost\.safetensors is missing, a part of the model's weights"):
         open_source(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(FileError, match="is not a Hugging Face configuration"):

@@ -57,6 +57,19 @@ def test_unfit_for_an_architecture(sizes: dict[str, int], message: str) -> None:
         Layout(**sizes).check(SIX)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ({}, "micro-batch 1"),
+        ({"pipeline_parallel": 2, "virtual_stages": 4, "data_parallel": 8}, "pp 2, vpp 4, dp 8, micro-batch 1"),
+        ({"tensor_parallel": 2, "context_parallel": 4, "micro_batch_size": 3}, "tp 2, cp 4, micro-batch 3"),
+        ({"recompute": "full"}, "micro-batch 1, full recompute"),
+    ],
+)
+def test_a_layout_in_a_line(sizes: dict[str, Any], text: str) -> None:
+    assert str(Layout(**sizes)) == text
+
+
 def test_batches() -> None:
     assert micro_batches_in(96, 2, 8) == 6
     with pytest.raises(UsageError, match="no multiple of 16"):

@@ -12,7 +12,8 @@ from megatron.core.inference.utils import InferenceMode
 
 from composer_megatron.architecture import Architecture
 from composer_megatron.errors import UsageError
-from composer_megatron.model import _draw_part, _initializer, build_model, initialize_weights
+from composer_megatron.initialization import _draw_part, _initializer
+from composer_megatron.model import build_model, initialize_weights
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS, Shape
 
@@ -226,8 +227,8 @@ def test_the_ranks_parts_make_the_whole(ranks, stride, dim, part):
 
 def test_a_parameter_without_a_rule_is_an_error():
     model = build_model(architecture("M"), max_sequence_length=16)
-    with pytest.raises(UsageError, match=r"no initialiser for parameter 'decoder.conv1d.weight'"):
-        _initializer("decoder.conv1d.weight", model.config)
+    with pytest.raises(UsageError, match=r"no initialiser for parameter 'decoder.unheard.of'"):
+        _initializer("decoder.unheard.of", model.config)
     model.decoder.register_parameter("strange", torch.nn.Parameter(torch.zeros(1)))
     with pytest.raises(UsageError, match=r"decoder\.strange"):
         initialize_weights(model, 1)

@@ -141,7 +141,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)
         seen += process.stderr.read()
         assert process.wait() == 130
-    assert seen.splitlines()[3:] == ["preprocess_text.py: interrupted; nothing was written"]
+    assert seen.splitlines()[3:] == ["preprocess_text.py: interrupted; the same command goes on with what is finished"]
     assert names(tmp_path / "out") == []
 
 

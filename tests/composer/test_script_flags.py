@@ -14,11 +14,11 @@ from composer_megatron import cli
 from composer_megatron.architecture import Architecture
 from composer_megatron.arguments import given_flags
 from composer_megatron.errors import UsageError
+from composer_megatron.pattern import hybrid_pattern
 from composer_megatron.pipeline import cut_sequence
 from composer_megatron.script_flags import as_arguments, as_shell_text, gpt_layout, script_flags
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS
-from composer_megatron.specs import hybrid_pattern
 
 ARCHITECTURE = Architecture(CompositeSequence.parse("2M5A2M3A"), PRESETS["tiny"])
 

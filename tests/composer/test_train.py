@@ -301,18 +301,18 @@ def test_without_megatron_the_extra_is_named(folder, capsys, monkeypatch):
 
 
 def test_a_run_folder_keeps_to_its_model(folder):
-    run, text = folder / "run", load_text_folder(folder / "text")
-    train._check_run_dir(run, ARCHITECTURE, text)
-    train._fill_run_dir(run, ARCHITECTURE, text.folder)
-    train._fill_run_dir(run, ARCHITECTURE, text.folder)
-    train._check_run_dir(run, ARCHITECTURE, text)
+    run, tokenizer = folder / "run", load_text_folder(folder / "text").tokenizer
+    train._check_run_dir(run, ARCHITECTURE, tokenizer)
+    train._fill_run_dir(run, ARCHITECTURE, tokenizer)
+    train._fill_run_dir(run, ARCHITECTURE, tokenizer)
+    train._check_run_dir(run, ARCHITECTURE, tokenizer)
     assert Architecture.load(run / "architecture.json") == ARCHITECTURE
     assert (run / "tokenizer.json").read_text() == '{"é": 1}'
     with pytest.raises(UsageError, match="run of another architecture"):
-        train._check_run_dir(run, ARCHITECTURE.baseline(), text)
-    text.tokenizer.write_text("{}")
+        train._check_run_dir(run, ARCHITECTURE.baseline(), tokenizer)
+    tokenizer.write_text("{}")
     with pytest.raises(UsageError, match="run with another tokenizer"):
-        train._check_run_dir(run, ARCHITECTURE, text)
+        train._check_run_dir(run, ARCHITECTURE, tokenizer)
 
 
 @pytest.mark.parametrize("on_ranks", [False, True])

@@ -19,10 +19,11 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 warnings.simplefilter("ignore")
 
 import megatron.training.training  # noqa: E402, F401
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync  # noqa: E402
 
-from composer_megatron import builder, data, optimizer, train  # noqa: E402, F401 - imported once, before forking
+from composer_megatron import builder, data, optimizer, streaming, train  # noqa: E402, F401 - imported once, before forking
 
 
 def die_while_saving(iteration: str) -> None:
@@ -52,7 +53,19 @@ def fail_at_micro_batch(number: str) -> None:
     data.forward_step = step_or_fail
 
 
-FAULTS = {"die-while-saving": die_while_saving, "fail-at-micro-batch": fail_at_micro_batch}
+def read_in_order(_: str) -> None:
+    """No fault, but text folders read from the first document to the last, as no run does."""
+    from megatron.core.datasets import gpt_dataset
+
+    gpt_dataset._build_document_index = lambda documents, epochs, *_: np.tile(documents, epochs).astype(np.int32)
+    gpt_dataset._build_shuffle_index = lambda _, number, *__: np.arange(number, dtype=np.uint32)
+
+
+FAULTS = {
+    "die-while-saving": die_while_saving,
+    "fail-at-micro-batch": fail_at_micro_batch,
+    "read-in-order": read_in_order,
+}
 
 
 def main(fault: str, argv: list[str]) -> int:

@@ -20,9 +20,10 @@ from composer_megatron import cpu
 from composer_megatron.architecture import Architecture
 from composer_megatron.backend import get_backend
 from composer_megatron.model import CompositeModel, initialize_weights, transformer_config
+from composer_megatron.pattern import hybrid_pattern
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS
-from composer_megatron.specs import hybrid_pattern, stack_spec
+from composer_megatron.specs import stack_spec
 
 RANKS = 2
 LENGTHS = (4, 12, 8)

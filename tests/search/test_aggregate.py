@@ -30,8 +30,9 @@ def brute_force_vote(members, chosen, context):
         for member, score in members
         if all(member.letters[i] == chosen[i] for i in range(prefix_start, len(chosen)))
     ]
-    counts = {letter: sum(1 for vote, _ in votes if vote == letter) for letter in "AM"}
-    return [letter for letter in "AM" if counts[letter] == max(counts.values())], counts, votes
+    letters = [letter for letter in "AM" if any(letter in member.letters for member, _ in members)]
+    counts = {letter: sum(1 for vote, _ in votes if vote == letter) for letter in letters}
+    return [letter for letter in letters if counts[letter] == max(counts.values())], counts, votes
 
 
 @settings(max_examples=60, deadline=None)

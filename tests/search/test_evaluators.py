@@ -1,6 +1,7 @@
 """The MAD evaluator: what its score is made of, what it depends on, and its presets."""
 
 import dataclasses
+import itertools
 import json
 import pickle
 import statistics
@@ -9,10 +10,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from composer_megatron.errors import UsageError
 from composer_megatron.sequence import CompositeSequence
-from composer_search.candidate import Widths
+from composer_search.candidate import Candidate, Widths
 from composer_search.evaluators import (
     EVALUATORS,
     PRESETS,
@@ -23,6 +26,7 @@ from composer_search.evaluators import (
     preset,
     training_seed,
 )
+from composer_search.evaluators.settings import block_weights, equal_weights, fitting_widths, matched_widths
 from composer_search.mad import PROXIES, Setting
 from composer_search.trainer import TrainResult, best_rate, train
 
@@ -140,6 +144,66 @@ def test_less_training_and_other_widths():
         evaluator.scaled(Fraction(0))
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    letters=st.text("AM", min_size=1, max_size=16),
+    heads=st.integers(2, 16),
+    head=st.sampled_from([4, 8, 16]),
+    inner=st.integers(16, 600),
+    factor=st.floats(0.5, 3.0),
+)
+def test_matched_widths_hold_the_weights_asked_for(letters, heads, head, inner, factor):
+    """Counted on the candidate's own matrices; where there is an MLP, to within half a unit of its width."""
+    sequence = CompositeSequence(letters)
+    widths = Widths(hidden_size=heads * head, num_heads=heads, ffn_hidden_size=inner)
+    weights = round(factor * equal_weights(len(letters), widths))
+    try:
+        found = matched_widths(sequence, widths, weights)
+    except UsageError as error:
+        assert "too few" in str(error)
+        return
+    blocks = Candidate(sequence, 5, found).blocks
+    held = sum(matrix.numel() for matrix in blocks.parameters() if matrix.dim() == 2)
+    assert held == block_weights(sequence, found)
+    assert found.hidden_size // found.num_heads == head
+    mlps = letters.count("M")
+    if mlps and found.ffn_hidden_size > 1:
+        assert abs(held - weights) <= mlps * 3 * found.hidden_size / 2
+    elif not mlps:
+        ideal = (weights / 4 / len(letters)) ** 0.5 / head
+        assert found.num_heads in {int(ideal), int(ideal) + 1}
+
+
+def test_at_mads_widths_every_six_block_sequence_is_as_big_as_the_mean():
+    widths = Widths()
+    wanted = equal_weights(6, widths)
+    for letters in map("".join, itertools.product("AM", repeat=6)):
+        sequence = CompositeSequence(letters)
+        held = block_weights(sequence, fitting_widths(sequence, widths, 0))
+        assert held == pytest.approx(wanted, rel=0.06 if letters == "AAAAAA" else 0.002), letters
+    own = {block_weights(CompositeSequence(letters), widths) for letters in ("AAAAAA", "MMMMMM")}
+    assert max(own) / min(own) > 2  # what it evens out
+
+
+def test_candidates_of_equal_weights_train_at_their_own_widths(monkeypatch):
+    """The score is that of training the sequence alone at its matched widths; the log says which they are."""
+    base = MadEvaluator(preset("smoke", precision="float64", tasks="memorization"))
+    evaluator, sequences = base.with_weights(0), [CompositeSequence(text) for text in ("AAM", "MMM", "MMA")]
+    for sequence, found in zip(sequences, evaluator.evaluate_many(sequences), strict=True):
+        widths = fitting_widths(sequence, base.settings.train.widths, 0)
+        own = dataclasses.asdict(widths)
+        alone = MadEvaluator(preset("smoke", precision="float64", tasks="memorization", **own)).evaluate(sequence)
+        assert (found.score, found.test_score) == (alone.score, alone.test_score)
+        assert found.details["widths"] == own and found.details["weights"] == block_weights(sequence, widths)
+    assert evaluator.describe() == base.describe() | {"weights": 0}
+    assert "widths" not in base.evaluate(SEQUENCE).details
+
+
+def test_too_few_weights_are_refused():
+    with pytest.raises(UsageError, match=r"weights=10: too few for 1A1M"):
+        matched_widths(CompositeSequence("AM"), Widths(), 10)
+
+
 def test_no_two_evaluations_share_a_training_seed():
     seeds = {training_seed(seed, number) for seed in range(30) for number in range(30)}
     assert len(seeds) == 900
@@ -236,6 +300,13 @@ def test_the_baseline_is_that_of_mad():
     assert set(steps.values()) == {20_000}
     assert settings.train.learning_rates == (1e-4, 5e-4, 1e-3)
     assert settings.train.widths == Widths(hidden_size=128, num_heads=16, ffn_hidden_size=352)
+    assert {preset(name).train.precision for name in ("baseline", "full", "proxies")} == {"bfloat16"}
+
+
+def test_epochs_give_each_task_the_steps_of_its_own_data():
+    """Of 12,800 examples in batches of 128, and of memorization's 256; half the batch takes twice the steps."""
+    for batch, steps in ((128, {5000, 100}), (64, {10_000, 200})):
+        assert {plan.steps for plan in preset("baseline", epochs=50, batch_size=batch).tasks} == steps
 
 
 @pytest.mark.parametrize(
@@ -248,6 +319,9 @@ def test_the_baseline_is_that_of_mad():
         ("demo", {"steps": "many"}, "steps='many'; expected int"),
         ("demo", {"steps": True}, "steps=True; expected int"),
         ("demo", {"steps": 0}, "steps=0"),
+        ("demo", {"epochs": 0}, "epochs=0"),
+        ("demo", {"epochs": 2, "steps": 3}, "no steps beside"),
+        ("demo", {"weights": 3}, "no setting 'weights'"),
         ("demo", {"cosine": 1}, "cosine=1; expected bool"),
         ("demo", {"learning_rates": ["fast"]}, "learning_rates='fast'"),
         ("demo", {"hidden_size": 33}, "hidden_size=33"),

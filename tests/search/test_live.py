@@ -1,5 +1,6 @@
 """The live view: what it shows of a study, and that watching touches nothing and ends by itself."""
 
+import dataclasses
 import io
 import json
 import random
@@ -11,7 +12,11 @@ from rich.console import Console
 
 from composer_megatron.errors import FileError
 from composer_megatron.sequence import CompositeSequence
+from composer_megatron.shape import load_shape
+from composer_search.constraints import Criteria
+from composer_search.effort import effort
 from composer_search.live import live_view, render, watch
+from composer_search.objectives import Target
 from composer_search.proposers import Proposal
 from composer_search.study import Space, Study, StudySettings, Trial
 
@@ -121,3 +126,65 @@ def test_ctrl_c_comes_through(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         watch(tmp_path, Console(file=io.StringIO(), force_terminal=True), sleep=interrupt)
+
+
+def incremental(folder: Path, counts: list[int], seconds: float = 30.0) -> Study:
+    """An `end` search of nine blocks in steps of 3, budget 6, with so many trials in each of its steps."""
+    whole = dataclasses.replace(settings(6), space=Space("AM", 9), strategy="end", step=3)
+    rng = random.Random(1)
+    with Study.open(folder, whole) as root:
+        found = ""
+        for number, count in enumerate(counts, start=1):
+            own = dataclasses.replace(settings(6), space=Space("AM", 3 * number, prefix=found))
+            with Study.open(folder / f"step-{number:02}", own) as step:
+                for place in range(count):
+                    one = trial(place, found + "".join(rng.choice("AM") for _ in range(3)), 0.5)
+                    step.record(dataclasses.replace(one, seconds=number * seconds))
+            found += "AMM"
+    return root
+
+
+def test_an_incremental_search_tells_what_all_its_steps_will_take(tmp_path):
+    """Six trials of 3 blocks at 30 s, two of 6 blocks at 60 s: 10 s a block; 4 of 6 blocks and 6 of 9 are to come."""
+    root = incremental(tmp_path, [6, 2])
+    found = effort(root)
+    assert [(stage.length, len(stage.trials), stage.left) for stage in found.stages] == [
+        (3, 6, 0),
+        (6, 2, 4),
+        (9, 0, 6),
+    ]
+    assert (found.current, found.spent) == (1, 6 * 30 + 2 * 60)
+    assert found.to_go == pytest.approx(10 * (4 * 6 + 6 * 9))
+    for study in (root, Study.load(tmp_path / "step-02")):  # as watched, and as the search itself reports a step
+        text = shown(study, None)
+        assert "8 of 18 trials, step 2 of 3" in text and "5 min 00 s spent, 13 min 00 s to go" in text
+
+
+def test_watching_an_incremental_search_ends_with_its_last_step(tmp_path):
+    incremental(tmp_path, [6, 6])
+    waits = []
+
+    def more(seconds: float) -> None:
+        waits.append(seconds)
+        incremental(tmp_path, [0, 0, 6])
+
+    console = Console(file=io.StringIO(), force_terminal=False, width=100)
+    watch(tmp_path, console, sleep=more)
+    assert len(waits) == 1 and console.file.getvalue().count("trial ") == 18
+
+
+def test_small_spaces_end_before_the_budget(tmp_path):
+    whole = dataclasses.replace(settings(6), space=Space("AM", 4), strategy="middle", step=2)
+    with Study.open(tmp_path, whole) as root:
+        assert [stage.total for stage in effort(root).stages] == [4, 4] and effort(root).to_go is None
+
+
+def test_the_best_are_those_of_the_highest_objective(tmp_path):
+    criteria = Criteria.parse("accuracy - 0.5 kv_bytes", (), Target(shape=load_shape("1b")))
+    with Study.open(tmp_path, dataclasses.replace(settings(), criteria=criteria)) as study:
+        for number, (letters, score) in enumerate((("AAAAAM", 0.9), ("AMMMMM", 0.8))):
+            one = trial(number, letters, score)
+            study.record(dataclasses.replace(one, objective=criteria.record(one.sequence, score)))
+    lines = [line for line in shown(study, None).splitlines() if re.match(r" +\d ", line)]
+    assert [line.split()[0] for line in lines] == ["1", "0"]
+    assert lines[0].split()[1:3] == [f"{study.best.value:.4f}", "0.8000"]

@@ -15,8 +15,9 @@ from composer_search.candidate import Candidate, Widths
 from composer_search.mad import IGNORE, Counts, baseline
 from composer_search.mad.tasks import find_task
 from composer_search.population import Row, model, plan
+from composer_search.population import product as product_module
 from composer_search.population.layout import ROW, Layout
-from composer_search.population.model import GroupedModel, Pointwise, Shape, stack_weights, unstack_weights
+from composer_search.population.model import GroupedModel, Shape, stack_weights, unstack_weights
 from composer_search.population.optimizer import AdamW, coefficients
 from composer_search.population.population import Population, _count
 from composer_search.population.replay import WARM_UP, Replay
@@ -42,10 +43,10 @@ def candidates(sequences, dtype=torch.float64, **options):
     return made
 
 
-def grouped(sequences, made, autoencoder=False, pointwise=None, dtype=torch.float64):
+def grouped(sequences, made, autoencoder=False, dtype=torch.float64):
     layout = Layout.of(sequences)
     weights = stack_weights(layout, made)
-    return GroupedModel(layout, weights, Shape(11, WIDTHS.num_heads, autoencoder, dtype), pointwise), weights
+    return GroupedModel(layout, weights, Shape(11, WIDTHS.num_heads, autoencoder, dtype)), weights
 
 
 # The layout
@@ -124,21 +125,42 @@ def test_stacking_is_undone():
         assert all(torch.equal(state[name], value) for name, value in each.state_dict().items())
 
 
-def test_the_functions_that_are_compiled_are_those_that_are_not(monkeypatch):
-    """Without the compiler, which takes half a minute: the real-valued rotation is what differs."""
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    sequences = [CompositeSequence("AMA")]
-    made = candidates(sequences)
-    tokens = torch.randint(11, (1, 3, 7), generator=torch.Generator().manual_seed(0))
-    plain, real = (grouped(sequences, made, pointwise=which)[0](tokens) for which in (None, Pointwise.compiled()))
-    torch.testing.assert_close(plain, real, atol=1e-12, rtol=0)
-
-
 def test_one_hot_tokens_look_up_the_same():
     table = torch.randn(3, 11, 4, dtype=torch.float64)
     tokens = torch.randint(11, (3, 20), generator=torch.Generator().manual_seed(0))
     looked_up = torch.bmm(model._one_hot(tokens, 11, table.dtype), table)
     assert torch.equal(looked_up, torch.stack([rows[own] for rows, own in zip(table, tokens, strict=True)]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 3), tokens=st.sampled_from([1, 6, 8, 24]), parts=st.sampled_from([1, 2]), gained=st.booleans()
+)
+def test_gradients_of_weights_are_sums_over_parts_of_the_tokens(rows, tokens, parts, gained):
+    """Against autograd's own, with as many parts as a GPU would have."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (rows, tokens, 5), (rows, 4, 5), (rows, 5)
+    h, weight, gain = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes
+    )
+    inputs = (h, weight, gain) if gained else (h, weight)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(product_module, "token_parts", lambda *_: parts if tokens % parts == 0 else 1)
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        found = product_module.product(*inputs)
+        ours = torch.autograd.grad(found.square().sum(), inputs)
+    expected = torch.bmm(h, (weight * gain[:, None] if gained else weight).mT)
+    theirs = torch.autograd.grad(expected.square().sum(), inputs)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+
+
+@given(st.integers(1, 300), st.integers(1, 800), st.integers(1, 800), st.integers(1, 40_000))
+def test_parts_divide_the_tokens_and_are_never_small(rows, out, inner, tokens):
+    parts = product_module.token_parts(torch.empty(rows, out, inner, device="meta"), tokens)
+    assert tokens % parts == 0 and (parts == 1 or tokens // parts >= 512)
+    assert product_module.token_parts(torch.empty(600, 128, 128, device="meta"), 2**14) == 1
+    assert product_module.token_parts(torch.empty(8, 128, 128, device="meta"), 2**14) == 32
 
 
 # The optimizer

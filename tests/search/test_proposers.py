@@ -131,10 +131,11 @@ def test_a_proposal_depends_on_the_trials_and_not_on_their_order_or_the_past():
     tried = {each.sequence for each in trials}
     running = [Proposal(7, next(space.at(rank) for rank in range(64) if space.at(rank) not in tried), "bayesian")]
     torch.manual_seed(0)
-    expected = BayesianProposer(space, 1, 4).propose(trials, running, 8)
+    expected = BayesianProposer(space, 1, 4).propose(trials, running, 16)  # one of those that keep their snapshot
     torch.manual_seed(99)
     shuffled = random.Random(0).sample(trials, len(trials))
-    again = BayesianProposer(space, 1, 4).propose(shuffled, running, 8)
+    again = BayesianProposer(space, 1, 4).propose(shuffled, running, 16)
+    assert BayesianProposer(space, 1, 4).propose(shuffled, running, 17).snapshot is None
     assert (again.sequence, again.proposer) == (expected.sequence, "bayesian")
     assert acquisition_values(again.snapshot) == acquisition_values(expected.snapshot) != []
 

@@ -163,6 +163,16 @@ def test_an_interrupted_search_cancels_what_runs_and_goes_on_later(ray, tmp_path
     check(search(settings, tmp_path, workers=2, executor="ray", evaluator=Toy()))
 
 
+@pytest.mark.parametrize(
+    ("device", "in_cluster", "wanted"), [("auto", 8.0, 1), ("cuda", 8.0, 1), ("auto", 0.0, 0), ("cpu", 8.0, 0)]
+)
+def test_a_batch_that_trains_on_a_gpu_asks_ray_for_one(ray, device, in_cluster, wanted):
+    """A Ray task without GPUs of its own sees none."""
+    ray.cluster_resources = lambda: {"CPU": 64.0, "GPU": in_cluster}
+    with ray_pool(types.SimpleNamespace(device=device), 2):
+        assert ray.options["num_gpus"] == wanted
+
+
 def test_a_ray_that_is_connected_already_is_left_running(ray, tmp_path):
     ray.up = True
     with ray_pool(Toy(), 2) as pool:

@@ -1,18 +1,13 @@
-"""The report: its numbers are those of the files, nothing breaks the page, and a browser shows it without a fault."""
+"""The report: its numbers are those of the files, nothing breaks the page, and what is absent is said."""
 
 import itertools
 import json
 import math
 import platform
-import random
 import re
 import shutil
-import subprocess
-from dataclasses import dataclass, field, replace
-from html import escape
-from html.parser import HTMLParser
+from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 
@@ -22,194 +17,27 @@ from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS
 from composer_search.report import ReportInputs, build_report, write_report
 from composer_search.report.data import read_run
-
-ANALYSES = {"pareto", "tasks", "uncertainty", "effort"}
-TASKS = ("in-context-recall", "memorization", "selective-copying")
-UNIGRAM = {"unigram_nats_per_token": 6.27141, "unigram_bits_per_byte": 2.58834}
-VALID = {"documents": 32, "tokens": 164_210, "bytes": 574_012}
-PROMPTS = ("def main(", "import os")
-HOSTILE = (
-    "<script>alert(1)</script>",
-    '"><img src=x onerror=alert(1)>',
-    "$title ${body}",
-    "</pre></svg>&amp;",
-    "w" * 300,
+from tests.search.report_demo import (
+    HOSTILE,
+    UNIGRAM,
+    VALID,
+    Node,
+    hostile,
+    numbers,
+    parse,
+    rows,
+    section,
+    trial_lines,
+    write_all,
+    write_lines,
 )
 
-
-def trial_lines(seeds: int, count: int = 24) -> list[dict]:
-    rng = random.Random(5)
-    lines = []
-    for number in range(count):
-        sequence = str(CompositeSequence("".join(rng.choice("AM") for _ in range(6))))
-        line = {"trial": number, "sequence": sequence, "proposer": "sobol" if number < 8 else "bayesian"}
-        scores = [rng.uniform(0.3, 0.7) for _ in range(seeds)]
-        mean = sum(scores) / seeds
-        spread = math.sqrt(sum((score - mean) ** 2 for score in scores) / seeds)
-        line |= {"status": "completed", "score": mean, "spread": spread, "seed_scores": scores, "seconds": 9.25}
-        line |= {"tasks": {task: rng.random() for task in TASKS}, "test_score": mean - 0.01}
-        lines.append(line)
-    failed = {
-        "trial": 11,
-        "sequence": "6M",
-        "status": "failed",
-        "error": "loss is <NaN> at step 12",
-        "proposer": "sobol",
-    }
-    lines[11] = failed
-    return lines
-
-
-def write_lines(path: Path, lines: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def write(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-
-
-def write_study(folder: Path, seeds: int) -> None:
-    settings = {"space": {"primitives": "AM", "length": 6}, "proposer": {"name": "bayesian", "initial": 8, "seed": 7}}
-    settings |= {"evaluator": {"name": "mad", "tasks": list(TASKS), "learning_rate": 0.0015}, "budget": 24}
-    write(
-        folder / "study.json", {"format": "composer-study", "version": 1, "created": "2026-10-05T09:12:44"} | settings
-    )
-    lines = trial_lines(seeds)
-    write_lines(folder / "trials.jsonl", lines)
-    best = sorted((line for line in lines if "score" in line), key=lambda line: -line["score"])[:5]
-    letters = [CompositeSequence.parse(line["sequence"]).letters for line in best]
-    votes = [{symbol: column.count(symbol) for symbol in "AM"} for column in zip(*letters, strict=True)]
-    aggregate = {"sequence": "2A4M", "runs": [["A", 2], ["M", 4]], "context": 0, "clusters": 5, "cluster_size": 5}
-    aggregate |= {"members": [line["sequence"] for line in best], "member_scores": [line["score"] for line in best]}
-    write(
-        folder / "aggregate.json", aggregate | {"votes": votes, "decisions": ["vote"] * 4 + ["tie", "unseen context"]}
-    )
-
-
-def write_run(folder: Path, architecture: Architecture, final: float) -> None:
-    folder.mkdir(parents=True)
-    architecture.save(folder / "architecture.json")
-    rng, lines = random.Random(final), []
-    for step in range(10, 401, 10):
-        loss = final + 5 * math.exp(-step / 60)
-        lines.append({"iteration": step, "name": "lm loss", "value": loss + rng.gauss(0, 0.05), "time": 0.0})
-        lines.append({"iteration": step, "name": "learning-rate", "value": 1e-3, "time": 0.0})
-        if step % 100 == 0:
-            lines.append({"iteration": step, "name": "lm loss validation", "value": loss, "time": 0.0})
-    write_lines(folder / "metrics.jsonl", lines)
-    bits = final / math.log(2) * VALID["tokens"] / VALID["bytes"]
-    evaluation = {"nats_per_token": final, "bits_per_byte": bits, "perplexity": math.exp(final), "iteration": 400}
-    write(folder / "eval.json", evaluation | {"tokens": VALID["tokens"], "bytes": VALID["bytes"]})
-    write(folder / "samples.json", [{"prompt": each, "text": f"{each} = {final}\n\tx < y & z"} for each in PROMPTS])
-
-
-def write_all(root: Path, *, seeds: int = 3) -> ReportInputs:
-    """A whole demo run; the paths of the report's inputs."""
-    composite = Architecture(CompositeSequence.parse("2A4M1A2M"), PRESETS["demo"], {"method": "stack"})
-    write_study(root / "study", seeds)
-    write_run(root / "composite", composite, 3.41)
-    write_run(root / "baseline", composite.baseline(), 3.47)
-    text = {"format": "composer-text", "version": 1, "sources": ["a.py"], "vocab_size": 4096, "end_of_text": 0}
-    write(
-        root / "text/text.json", text | {"train": {"documents": 612, "tokens": 1, "bytes": 4}, "valid": VALID | UNIGRAM}
-    )
-    stage = {"flops_per_token": 9_660_672, "params_per_rank": 2_298_816, "state_bytes": 41_378_688}
-    stages = [{"blocks": blocks} | stage | {"activation_bytes": 40_239_104} for blocks in ("2A3M", "1M1A2M")]
-    write(root / "plan.json", {"sequence": "2A4M1A2M", "stages": stages, "balance": 0.944, "balance_equal_split": 0.75})
-    Architecture(CompositeSequence.parse("18A37M"), PRESETS["8b"]).save(root / "deep.json")
-    return ReportInputs(
-        study=root / "study",
-        architectures={"deep": root / "deep.json"},
-        runs={"composite": root / "composite", "baseline": root / "baseline"},
-        text=root / "text",
-        plan=root / "plan.json",
-        seq_len=256,
-        environment={"python": "3.12.1", "packages": {"torch": "2.11.0", "apex": None}, "gpus": []},
-    )
+ANALYSES = {"pareto", "tasks", "uncertainty", "effort"}
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> ReportInputs:
     return write_all(tmp_path_factory.mktemp("demo"))
-
-
-@dataclass
-class Node:
-    """An element of a parsed page."""
-
-    tag: str
-    attributes: dict[str, str | None] = field(default_factory=dict)
-    children: list["Node | str"] = field(default_factory=list)
-
-    def all(self, tag: str, class_: str | None = None) -> list["Node"]:
-        below = itertools.chain.from_iterable(child.all(tag, class_) for child in self.nodes)
-        classes = (self.attributes.get("class") or "").split()
-        return [*([self] if self.tag == tag and class_ in (None, *classes) else []), *below]
-
-    @property
-    def nodes(self) -> list["Node"]:
-        return [child for child in self.children if isinstance(child, Node)]
-
-    @property
-    def text(self) -> str:
-        return "".join(child if isinstance(child, str) else child.text for child in self.children)
-
-    @property
-    def values(self) -> list[float]:
-        return [float(data.attributes["value"] or "") for data in self.all("data")]
-
-    def by_id(self, name: str) -> "Node":
-        (found,) = (node for node in self.every() if node.attributes.get("id") == name)
-        return found
-
-    def every(self) -> "itertools.chain[Node]":
-        return itertools.chain([self], *(child.every() for child in self.nodes))
-
-
-class TreeBuilder(HTMLParser):
-    """Parses a page and fails where a tag is not closed in its order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open = [Node("page")]
-
-    def handle_starttag(self, tag, attrs):
-        assert len(attrs) == len(dict(attrs)), f"an attribute twice in <{tag}>"
-        node = Node(tag, dict(attrs))
-        self.open[-1].children.append(node)
-        if tag != "meta":
-            self.open.append(node)
-
-    def handle_endtag(self, tag):
-        assert self.open[-1].tag == tag, f"</{tag}> closes <{self.open[-1].tag}>"
-        self.open.pop()
-
-    def handle_data(self, data):
-        self.open[-1].children.append(data)
-
-
-def parse(page: str) -> Node:
-    builder = TreeBuilder()
-    builder.feed(page)
-    builder.close()
-    (root,) = builder.open
-    return root
-
-
-def rows(page: Node, caption: str) -> list[list[Node]]:
-    """The body rows of the table with that caption, as cells."""
-    (found,) = (table for table in page.all("table") if table.all("caption")[0].text == caption)
-    return [row.nodes for row in found.all("tbody")[0].all("tr")]
-
-
-def numbers(cells: list[Node]) -> list[float]:
-    return list(itertools.chain.from_iterable(cell.values for cell in cells))
-
-
-def section(page: Node, name: str) -> Node:
-    return page.by_id(name)
 
 
 @pytest.fixture(scope="module")
@@ -241,25 +69,6 @@ def test_loads_nothing(inputs):
     text = build_report(inputs)
     assert not re.findall(r"""\b(src|srcset|poster|action)=|url\(|@import|<link|<iframe|\bfetch\(|XMLHttp""", text)
     assert set(re.findall(r"https?://[^\"\s<]*", text)) == {"http://www.w3.org/2000/svg"}
-
-
-def hostile(inputs: ReportInputs, root: Path) -> ReportInputs:
-    """The demo run with `HOSTILE` wherever a person or a model chooses the text."""
-    shutil.copytree(inputs.study, root / "study")
-    lines = trial_lines(2)
-    lines[3] |= {"status": "failed", "error": HOSTILE[0]}
-    for line in lines:
-        line["proposer"] = HOSTILE[1]
-        line["tasks"] = {HOSTILE[0]: 0.5, HOSTILE[2]: 0.25}
-    write_lines(root / "study/trials.jsonl", lines)
-    settings = json.loads((inputs.study / "study.json").read_text())
-    write(root / "study/study.json", settings | {HOSTILE[0]: HOSTILE[1], HOSTILE[4]: HOSTILE[4], "created": HOSTILE})
-    shutil.copytree(inputs.runs["composite"], root / "run")
-    samples = [{"prompt": each, "text": f"{each}\0\ud800\x1b \u202e{each}"} for each in HOSTILE]
-    write(root / "run/samples.json", samples)
-    architectures = dict.fromkeys(HOSTILE, inputs.architectures["deep"])
-    runs = dict(zip(HOSTILE, itertools.cycle(inputs.runs.values()))) | {"run": root / "run"}
-    return replace(inputs, study=root / "study", architectures=architectures, runs=runs)
 
 
 def test_hostile_text_stays_text(inputs, tmp_path):
@@ -304,6 +113,30 @@ def test_trials_table(page):
         scores += cells[2].values
     assert not lines and scores == sorted(scores, reverse=True)
     assert "Trial 11, 6M: loss is <NaN> at step 12" in section(page, "search").text
+
+
+@pytest.mark.parametrize("goals", [1, 2])
+def test_an_objective_ranks_and_stands_beside_the_score(inputs, tmp_path, goals):
+    """Values fall where scores rise, so that no order by score could pass for one by value."""
+    shutil.copytree(inputs.study, tmp_path / "study", ignore=shutil.ignore_patterns("aggregate.json"))
+    names = ["value"] if goals == 1 else ["goal_1", "goal_2"]
+    lines = trial_lines(3)
+    for line in lines:
+        if "score" in line:
+            line["objective"] = {"kv_bytes": 1.5} | {name: -place - line["score"] for place, name in enumerate(names)}
+    write_lines(tmp_path / "study/trials.jsonl", lines)
+    settings = json.loads((inputs.study / "study.json").read_text()) | {"objective": "accuracy - 0.2 kv_bytes"}
+    (tmp_path / "study/study.json").write_text(json.dumps(settings))
+    page = parse(build_report(ReportInputs(study=tmp_path / "study")))
+    table = [cells for cells in rows(page, "Trials of the study") if cells[2 + goals].text != "failed"]
+    scores = [cells[2 + goals].values[0] for cells in table]
+    assert scores == sorted(scores)
+    assert [cells[2].values[0] for cells in table] == [-score for score in scores]
+    text = section(page, "search").text
+    assert "Ranked by the objective accuracy - 0.2 kv_bytes" in text and ("2 goals the first" in text) == (goals == 2)
+    worst = min((line for line in lines if "score" in line), key=lambda line: line["score"])
+    notation = CompositeSequence.parse(worst["sequence"]).notation
+    assert notation in page.all("h1")[0].text
 
 
 def test_cost_table(page, inputs):
@@ -548,104 +381,3 @@ def test_a_broken_file_is_named_and_the_old_page_stays(tmp_path, name, content, 
 def test_seq_len_must_be_positive():
     with pytest.raises(UsageError, match="seq_len=0"):
         ReportInputs(seq_len=0)
-
-
-# In a browser
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-in_browser = [
-    pytest.mark.browser,
-    pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH"),
-]
-
-LISTEN = """<script>
-addEventListener("error", event => parent.problems.push("error: " + event.message));
-addEventListener("unhandledrejection", event => parent.problems.push("rejection: " + event.reason));
-for (const kind of ["error", "warn"]) console[kind] = (...words) => parent.problems.push(kind + ": " + words.join(" "));
-</script>"""
-
-PROBE = """
-function move(target, share) {
-  const box = target.getBoundingClientRect(), kind = target.ownerDocument.defaultView.PointerEvent;
-  const place = { clientX: box.left + share * box.width, clientY: box.top + box.height / 2, bubbles: true };
-  target.dispatchEvent(new kind("pointermove", place));
-}
-function probe(frame) {
-  const page = frame.contentDocument, width = frame.clientWidth, tip = page.getElementById("tip"), found = {};
-  for (const closed of page.querySelectorAll("details")) closed.open = true;
-  const inside = element => !element.closest(".scroll table, svg, #tip");
-  found.overflow = page.documentElement.scrollWidth - width;
-  found.outside = Array.from(page.body.querySelectorAll("*")).filter(inside)
-    .filter(element => element.getBoundingClientRect().right > width + 0.5)
-    .map(element => element.tagName + "." + element.className);
-  found.charts = Array.from(page.querySelectorAll(".chart, .strips > svg"))
-    .map(each => each.getBoundingClientRect()).map(box => [box.width, box.height]);
-  found.columns = Array.from(page.querySelectorAll("[data-sortable] thead button")).map(function (button, index) {
-    button.click();
-    const rows = page.querySelectorAll("[data-sortable] tbody tr");
-    return Array.from(rows).map(row => row.cells[index].querySelector("data")).map(data => data && Number(data.value));
-  });
-  found.sorts = page.querySelectorAll("[aria-sort]").length;
-  found.tips = [];
-  for (const target of page.querySelectorAll("[data-series], .chart .place .glyph")) {
-    move(target, 0.5);
-    found.tips.push(tip.hidden ? "" : tip.textContent);
-    target.dispatchEvent(new frame.contentWindow.PointerEvent("pointerleave"));
-    found.tips.push(tip.hidden);
-  }
-  return found;
-}
-addEventListener("load", function () {
-  const found = Array.from(document.querySelectorAll("iframe")).map(probe);
-  document.body.textContent = JSON.stringify({ problems: problems, pages: found });
-});
-"""
-
-
-def browse(tmp_path: Path, page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    quiet += ["--disable-gpu", "--disable-quic", "--hide-scrollbars", "--blink-settings=preferredColorScheme=1"]
-    command = [BROWSER, "--headless", "--no-sandbox", *quiet, f"--user-data-dir={tmp_path / 'profile'}", *flags]
-    return subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-
-
-class TestInBrowser:
-    pytestmark = in_browser
-
-    def test_runs_without_errors_and_fits_any_width(self, inputs, tmp_path):
-        (tmp_path / "hostile").mkdir()
-        whole, evil = build_report(inputs), build_report(hostile(inputs, tmp_path / "hostile"))
-        shown = [(whole, 1280), (whole, 400), (evil, 1280), (evil, 400), (build_report(ReportInputs()), 400)]
-        listening = [(escape(page.replace("<head>", "<head>" + LISTEN)), width) for page, width in shown]
-        frames = "".join(
-            f'<iframe width={width} height=900 style="border:0" srcdoc="{page}"></iframe>' for page, width in listening
-        )
-        outer = f"<!doctype html><meta charset=utf-8><body><script>const problems = [];{PROBE}</script>{frames}"
-        (tmp_path / "outer.html").write_text(outer, encoding="utf-8")
-        done = browse(tmp_path, tmp_path / "outer.html", "--enable-logging=stderr", "--v=0", "--dump-dom")
-        assert "CONSOLE" not in done.stderr
-        found = json.loads(parse(done.stdout).all("body")[0].text)
-        assert found["problems"] == []
-        for (_, width), page in zip(shown, found["pages"], strict=True):
-            assert (page["overflow"], page["outside"]) == (0, []), f"at {width} pixels"
-            assert all(wide > 20 and high > 10 for wide, high in page["charts"])
-            for column in page["columns"]:
-                values = [value for value in column if value is not None]
-                assert values in (sorted(values), sorted(values, reverse=True))
-        desk = found["pages"][0]
-        assert desk["sorts"] == 1 and len(desk["columns"]) == 5 + len(TASKS) + 2
-        assert all(desk["tips"]) and len(desk["tips"][::2]) > 24 * len(TASKS)
-        tips = "\n".join(desk["tips"][::2])
-        assert "Trial 11: failed" in tips and "baseline, validation: " in tips and "at step 200" in tips
-
-    def test_is_not_blank(self, inputs, tmp_path):
-        image = pytest.importorskip("PIL.Image", reason="no Pillow to read the screenshot with")
-        write_report(inputs, tmp_path / "report.html")
-        shot = tmp_path / "shot.png"
-        browse(tmp_path, tmp_path / "report.html", f"--screenshot={shot}", "--window-size=1000,1600")
-        with image.open(shot) as picture:
-            colours = {colour: count for count, colour in picture.convert("RGB").getcolors(1 << 20)}
-            assert picture.size == (1000, 1600)
-        assert len(colours) > 100
-        # Attention's blue and the MLP's amber, as the style sheet has them.
-        assert colours[0x2F, 0x5F, 0xB3] > 5000 and colours[0xE9, 0xA9, 0x3C] > 5000

@@ -186,7 +186,7 @@ def test_a_killed_search_goes_on_and_loses_the_running_trials_at_most(program, t
 
 def test_ctrl_c_leaves_a_study_to_resume_and_no_process(program, tmp_path):
     folder = tmp_path / "study"
-    process = program(folder, seconds=0.2)
+    process = program(folder, seconds=0.5)
     wait_until(lambda: len(lines(folder)) >= 3)
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to parent and workers alike
     _, errors = process.communicate(timeout=20)

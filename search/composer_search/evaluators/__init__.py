@@ -5,13 +5,14 @@
 - `composer_search.fidelity.HalvingEvaluator`: any of them, with less training for what starts badly.
 """
 
-from composer_search.evaluators.factory import EVALUATORS, make_evaluator
+from composer_search.evaluators.factory import EVALUATORS, GPU_PRESETS, make_evaluator
 from composer_search.evaluators.mad import MadEvaluator, training_seed
 from composer_search.evaluators.presets import PRESETS, preset
 from composer_search.evaluators.settings import MadSettings, TaskPlan
 
 __all__ = [
     "EVALUATORS",
+    "GPU_PRESETS",
     "PRESETS",
     "MadEvaluator",
     "MadSettings",

@@ -14,6 +14,9 @@ from composer_search.evaluators.presets import PRESETS, nearest, preset
 
 TEXT_PRESETS = ("small-text", "large-text")
 
+GPU_PRESETS = ("baseline", "full", "proxies", "large-text")
+"""Evaluators that train on a GPU where there is one."""
+
 EVALUATORS = MappingProxyType(
     {
         "smoke": "two MAD tasks, for trying things out",

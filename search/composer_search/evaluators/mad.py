@@ -14,9 +14,10 @@ import numpy as np
 
 from composer_megatron.sequence import CompositeSequence
 from composer_search.evaluation import Evaluation, Evaluator
-from composer_search.evaluators.settings import MadSettings, TaskPlan
+from composer_search.evaluators.settings import MadSettings, TaskPlan, width_details
 from composer_search.mad.tasks import find_task
 from composer_search.population import Row, train_population
+from composer_search.population.feed import GROUPED
 from composer_search.trainer import TaskData, TrainResult, TrainSettings, best_rate, choose_device, train
 
 Recipe = tuple[float, float]
@@ -43,6 +44,11 @@ class MadEvaluator(Evaluator):
         self.settings, self.cache_dir = settings, cache_dir
         self._data: dict[TaskPlan, TaskData] = {}
 
+    @property
+    def device(self) -> str:
+        """Where candidates are trained."""
+        return self.settings.train.device
+
     def describe(self) -> dict[str, Any]:
         """All settings as JSON values. Where data are cached is not among them."""
         settings = self.settings
@@ -54,7 +60,8 @@ class MadEvaluator(Evaluator):
             trainer = {name: value for name, value in trainer.items() if name != "weight_decay"}
             trainer["weight_decays"] = list(settings.weight_decays)
         tasks = [plan.describe() for plan in settings.tasks]
-        return {"name": "mad", "tasks": tasks, **trainer, "seeds": settings.seeds, "seed": settings.seed}
+        matched = {} if settings.weights is None else {"weights": settings.weights}
+        return {"name": "mad", "tasks": tasks, **trainer, **matched, "seeds": settings.seeds, "seed": settings.seed}
 
     def evaluate(self, sequence: CompositeSequence) -> Evaluation:
         """Train the sequence's models and score them."""
@@ -78,7 +85,8 @@ class MadEvaluator(Evaluator):
         results = chosen | dict(zip(again, self._train(again, choice), strict=True))
         return [
             self._evaluation(
-                {plan: [results[_Training(sequence, plan, seed)] for seed in (first, *others)] for plan in self._plans}
+                sequence,
+                {plan: [results[_Training(sequence, plan, seed)] for seed in (first, *others)] for plan in self._plans},
             )
             for sequence in sequences
         ]
@@ -90,6 +98,10 @@ class MadEvaluator(Evaluator):
     def scaled(self, share: Fraction) -> MadEvaluator:
         """The evaluator with every width of the candidates times `share`."""
         return self._with(self.settings.scaled(share))
+
+    def with_weights(self, weights: int) -> MadEvaluator:
+        """The evaluator with every candidate at widths that give its blocks so many weights; see `MadSettings`."""
+        return self._with(dataclasses.replace(self.settings, weights=weights))
 
     def _with(self, settings: MadSettings) -> MadEvaluator:
         return MadEvaluator(settings, self.cache_dir)
@@ -105,9 +117,10 @@ class MadEvaluator(Evaluator):
         results: dict[_Training, TrainResult] = {}
         schedules: dict[TrainSettings, list[_Training]] = {}
         for training in dict.fromkeys(trainings):
-            schedules.setdefault(self.settings.for_task(training.plan), []).append(training)
+            schedules.setdefault(self.settings.for_task(training.plan, training.sequence), []).append(training)
         for settings, group in schedules.items():
-            together = [training for training in group if self._pays(training.plan)]
+            grouped = [training for training in group if set(training.sequence) <= set(GROUPED)]
+            together = [training for training in grouped if self._pays(training.plan)]
             results |= self._together(together, recipes, settings)
             for training in group:
                 if training not in results:
@@ -145,19 +158,20 @@ class MadEvaluator(Evaluator):
                 break
         return best_rate(runs, settings.solved)
 
-    def _evaluation(self, results: Mapping[TaskPlan, Sequence[TrainResult]]) -> Evaluation:
+    def _evaluation(self, sequence: CompositeSequence, results: Mapping[TaskPlan, Sequence[TrainResult]]) -> Evaluation:
         """What the results of each seed, by task, amount to."""
         scores, tests = self._scores(results, "validation"), self._scores(results, "test")
         by_task = self._by_task(
             {plan: statistics.fmean(result.validation for result in seeds) for plan, seeds in results.items()}
         )
+        tasks = {"tasks": {self.settings.label(plan): _details(seeds) for plan, seeds in results.items()}}
         return Evaluation(
             score=statistics.fmean(scores),
             spread=statistics.stdev(scores) if len(scores) > 1 else 0.0,
             seed_scores=scores,
             tasks=by_task,
             test_score=statistics.fmean(tests),
-            details={"tasks": {self.settings.label(plan): _details(seeds) for plan, seeds in results.items()}},
+            details=tasks | width_details(sequence, self.settings.train.widths, self.settings.weights),
         )
 
     def _scores(self, results: Mapping[TaskPlan, Sequence[TrainResult]], split: str) -> tuple[float, ...]:

@@ -18,6 +18,9 @@ from composer_search.trainer import TrainSettings
 BATCH_SIZE, EPOCHS = 128, 200
 """MAD's batch and passes over the training data."""
 
+_MAD = TrainSettings(precision="bfloat16")
+"""MAD's training; in single precision a GPU would multiply matrices at a fraction of its speed."""
+
 
 def preset(name: str, **overrides: Any) -> MadSettings:
     """A preset with some settings changed.
@@ -33,8 +36,9 @@ def preset(name: str, **overrides: Any) -> MadSettings:
     Args:
         name: The preset.
         **overrides: Fields of `MadSettings`, `TrainSettings`, `Widths`; of `TaskPlan`, for all tasks alike;
-            ``tasks``, names that pick some of the preset's tasks; and for ``baseline`` and ``full``
-            ``difficulty_sweep``, whether each task is trained at all difficulties or at MAD's baseline alone.
+            ``epochs`` in place of ``steps``, passes over each task's training data; ``tasks``, names that pick some of
+            the preset's tasks; and for ``baseline`` and ``full`` ``difficulty_sweep``, whether each task is trained at
+            all difficulties or at MAD's baseline alone.
 
     Raises:
         UsageError: If there is no such preset or setting, or a value is impossible.
@@ -42,15 +46,25 @@ def preset(name: str, **overrides: Any) -> MadSettings:
     settings = _named(name, overrides)
     if "tasks" in overrides:
         settings = _pick_tasks(settings, overrides.pop("tasks"))
+    epochs = like("epochs", overrides.pop("epochs"), 0) if "epochs" in overrides else None
     places = {"search": settings, "train": settings.train, "widths": settings.train.widths, "plan": settings.tasks[0]}
     changes: dict[str, dict[str, Any]] = {place: {} for place in places}
     for key, value in overrides.items():
         place = _place_of(key, places)
         changes[place][key] = like(key, value, getattr(places[place], key))
     plans = tuple(dataclasses.replace(plan, **changes["plan"]) for plan in settings.tasks)
+    if epochs is not None:
+        if epochs < 1 or "steps" in changes["plan"]:
+            raise UsageError(f"epochs={epochs}; expected at least 1, and no steps beside it")
+        plans = tuple(dataclasses.replace(plan, steps=epochs * steps_of_an_epoch(plan)) for plan in plans)
     widths = dataclasses.replace(settings.train.widths, **changes["widths"])
     trainer = dataclasses.replace(settings.train, widths=widths, **changes["train"])
     return dataclasses.replace(settings, tasks=plans, train=trainer, **changes["search"])
+
+
+def steps_of_an_epoch(plan: TaskPlan) -> int:
+    """Steps of one pass over a task's training data, the last of which may lack some of its sequences."""
+    return -(-plan.setting.n_train // plan.batch_size)
 
 
 def _named(name: str, overrides: dict[str, Any]) -> MadSettings:
@@ -88,11 +102,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _place_of(key: str, places: Mapping[str, Any]) -> str:
     """Which part of the settings has the field; what a task has of its own comes before the trainer's."""
     fields = {field.name: place for place, part in places.items() for field in dataclasses.fields(part)}
-    for whole in ("tasks", "train", "widths", "setting"):
+    for whole in ("tasks", "train", "widths", "setting", "weights"):
         del fields[whole]
     if key not in fields:
-        near = difflib.get_close_matches(key, fields, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known are tasks, {', '.join(sorted(fields))}"
+        known = ["tasks", "epochs", *sorted(fields)]
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
         raise UsageError(f"the evaluator has no setting {key!r}{hint}")
     return fields[key]
 
@@ -171,13 +186,13 @@ def _demo() -> MadSettings:
 
 
 def _baseline() -> MadSettings:
-    """MAD's baseline with its budget of 200 epochs; the validation data are as many as the test data."""
-    return MadSettings(tasks=_mad_plans(baseline()))
+    """MAD's baseline with its budget of 200 epochs and its precision; validation data are as many as test data."""
+    return MadSettings(tasks=_mad_plans(baseline()), train=_MAD)
 
 
 def _full() -> MadSettings:
     """Every difficulty at every recipe of MAD's grid."""
-    return MadSettings(tasks=_mad_plans(difficulty_sweep()), weight_decays=(0.0, 0.1))
+    return MadSettings(tasks=_mad_plans(difficulty_sweep()), train=_MAD, weight_decays=(0.0, 0.1))
 
 
 def _mad_plans(settings: Iterable[Setting]) -> tuple[TaskPlan, ...]:
@@ -193,7 +208,7 @@ def _mad_plans(settings: Iterable[Setting]) -> tuple[TaskPlan, ...]:
 def _proxies() -> MadSettings:
     """Each task at its own sizes with MAD's budget; lengths beyond training's are what state tracking is judged by."""
     settings = (Setting(name, row.n_train, row.n_test) for name, row in PROXIES.items())
-    return MadSettings(tasks=_mad_plans(settings))
+    return MadSettings(tasks=_mad_plans(settings), train=_MAD)
 
 
 PRESETS: Mapping[str, Callable[[], MadSettings]] = MappingProxyType(

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from composer_megatron.errors import UsageError
+from composer_megatron.sequence import CompositeSequence
 from composer_search.candidate import Widths
 from composer_search.mad import Setting
 from composer_search.mad.tasks import find_task
@@ -53,6 +54,8 @@ class MadSettings:
             the one of `train`.
         seeds: Trainings of each task, from different weights and batches.
         seed: Of the data, which every training shares, and of the trainings' seeds.
+        weights: Train every sequence at widths that give its blocks so many weights (`matched_widths`); 0 for as many
+            as `equal_weights`, None for the same widths throughout.
     """
 
     tasks: tuple[TaskPlan, ...]
@@ -60,6 +63,7 @@ class MadSettings:
     weight_decays: tuple[float, ...] = ()
     seeds: int = 1
     seed: int = 0
+    weights: int | None = None
 
     def __post_init__(self) -> None:
         """Raise a `UsageError` for an evaluation of nothing, before any trial runs."""
@@ -94,10 +98,16 @@ class MadSettings:
         """Trainings of a sequence at most: the grid from the first seed, and the choice from the others."""
         return len(self.tasks) * (len(self.recipes) + self.seeds - 1)
 
-    def for_task(self, plan: TaskPlan) -> TrainSettings:
-        """The trainer's settings for one task."""
-        own = {name: getattr(plan, name) for name in ("steps", "batch_size", "evaluate_every")}
+    def for_task(self, plan: TaskPlan, sequence: CompositeSequence | None = None) -> TrainSettings:
+        """The trainer's settings for one task and, where its widths depend on it, one sequence."""
+        own: dict[str, Any] = {name: getattr(plan, name) for name in ("steps", "batch_size", "evaluate_every")}
+        if sequence is not None:
+            own["widths"] = self.widths(sequence)
         return dataclasses.replace(self.train, **own)
+
+    def widths(self, sequence: CompositeSequence) -> Widths:
+        """The widths that a sequence is trained at."""
+        return fitting_widths(sequence, self.train.widths, self.weights)
 
     def label(self, plan: TaskPlan) -> str:
         """The task's name, with what differs from its baseline where the task occurs at several difficulties."""
@@ -130,3 +140,63 @@ def scaled_widths(widths: Widths, share: Fraction) -> Widths:
         num_heads=heads,
         ffn_hidden_size=max(1, round(share * widths.ffn_hidden_size)),
     )
+
+
+def block_weights(sequence: CompositeSequence, widths: Widths) -> int:
+    """Elements of the weight matrices of a candidate's blocks, without biases, norms and embeddings."""
+    hidden = widths.hidden_size
+    return sequence.count("A") * 4 * hidden**2 + sequence.count("M") * 3 * hidden * widths.ffn_hidden_size
+
+
+def equal_weights(length: int, widths: Widths) -> int:
+    """The weights of a sequence of `length` blocks, half of them attention and half MLPs."""
+    return length * (4 * widths.hidden_size**2 + 3 * widths.hidden_size * widths.ffn_hidden_size) // 2
+
+
+def fitting_widths(sequence: CompositeSequence, widths: Widths, weights: int | None) -> Widths:
+    """The widths that `MadSettings.weights` means for a sequence."""
+    if weights is None:
+        return widths
+    return matched_widths(sequence, widths, weights or equal_weights(len(sequence), widths))
+
+
+def matched_widths(sequence: CompositeSequence, widths: Widths, weights: int) -> Widths:
+    """Widths at which the blocks of a sequence hold `weights` weights, as near as whole numbers allow.
+
+    An MLP has about twice the weights of an attention block, so that at equal widths a sequence with more of them is
+    the bigger model. All widths are multiplied by the same number, heads keep their width and are a whole number, and
+    the MLP makes up for what that leaves: to within half a unit of its width. Without an MLP the nearest whole number
+    of heads decides.
+
+    Raises:
+        UsageError: If the weights are too few for one head.
+    """
+    attention, mlp = sequence.count("A"), sequence.count("M")
+    head, ratio = widths.hidden_size // widths.num_heads, widths.ffn_hidden_size / widths.hidden_size
+    ideal = math.sqrt(weights / (4 * attention + 3 * ratio * mlp)) / head if weights > 0 else 0.0
+
+    def at(heads: int) -> Widths:
+        hidden = heads * head
+        inner = (weights - 4 * attention * hidden**2) / (3 * mlp * hidden) if mlp else ratio * hidden
+        return Widths(hidden_size=hidden, num_heads=heads, ffn_hidden_size=max(1, round(inner)))
+
+    def miss(found: Widths) -> tuple[float, float]:
+        off = abs(block_weights(sequence, found) - weights) / weights
+        return (off if off > 0.02 or not mlp else 0.0), abs(found.ffn_hidden_size / found.hidden_size - ratio)
+
+    choices = [at(heads) for heads in (math.floor(ideal), math.ceil(ideal)) if heads > 0]
+    best = min(choices, key=miss, default=None)
+    if best is None or abs(block_weights(sequence, best) - weights) > weights / 2:
+        least = block_weights(sequence, at(1)) if weights > 0 else 0
+        raise UsageError(
+            f"weights={weights}: too few for {sequence} with heads of {head} channels (at least {least:,})"
+        )
+    return best
+
+
+def width_details(sequence: CompositeSequence, widths: Widths, weights: int | None) -> dict[str, Any]:
+    """For the log, the widths of a candidate that has its own, and the weights of its blocks."""
+    if weights is None:
+        return {}
+    own = fitting_widths(sequence, widths, weights)
+    return {"widths": dataclasses.asdict(own), "weights": block_weights(sequence, own)}

@@ -172,7 +172,7 @@ def ablate(
         rules["GP posterior mode"] = partial(_posterior_mode, scores.sequences)
     elif gaussian_process:
         missing.append(f"The Gaussian process is left out: it needs BoTorch and at least {LEAST} trials.")
-    views = [_view(scores, number if noisy else None) for number in range(draws)]
+    views = [scores.view(number if noisy else None) for number in range(draws)]
     rng = np.random.default_rng(seed)
     drawn = [rng.choice(len(scores), size=size, replace=False) for _ in range(draws)]
     found = []
@@ -217,14 +217,6 @@ def _judge(
         ranks.append(np.nan if index is None else 1.0 + (truth > truth[index]).sum())
     counts: Mapping[CompositeSequence, int] = {each: chosen.count(each) for each in dict.fromkeys(chosen)}
     return RuleResult(name, np.array(values), np.array(ranks), max(counts, key=lambda each: counts[each]))
-
-
-def _view(scores: Scores, number: int | None) -> tuple[Floats, Floats]:
-    if number is None:
-        return scores.values, scores.values
-    by_seed = scores.require_seeds()
-    shown = number % by_seed.shape[1]
-    return by_seed[:, shown], np.delete(by_seed, shown, axis=1).mean(axis=1)
 
 
 def _best_trial(sequences: Sequence[CompositeSequence], scores: Floats) -> CompositeSequence:

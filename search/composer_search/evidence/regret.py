@@ -147,7 +147,7 @@ def regret(
         runs = []
         try:
             for number in range(replays):
-                observed, truth = _views(scores, number if noisy else None)
+                observed, truth = scores.view(number if noisy else None)
                 settings = _settings(study.settings, name, seed + number, budget)
                 runs.append(_replay(make_proposer(settings), scores, observed, truth, budget))
         except ComposerError as error:
@@ -193,15 +193,6 @@ def _settings(settings: StudySettings, proposer: str, seed: int, budget: int) ->
     initial = min(settings.initial, max(1, budget // 2))
     plain = dataclasses.replace(settings, criteria=Criteria(), strategy="one-shot", step=0, batch=1)
     return dataclasses.replace(plain, proposer=proposer, seed=seed, budget=budget, initial=initial)
-
-
-def _views(scores: Scores, number: int | None) -> tuple[Floats, Floats]:
-    """What a proposer sees and what it is judged by."""
-    if number is None:
-        return scores.values, scores.values
-    by_seed = scores.require_seeds()
-    shown = number % by_seed.shape[1]
-    return by_seed[:, shown], np.delete(by_seed, shown, axis=1).mean(axis=1)
 
 
 def _replay(proposer: Proposer, scores: Scores, observed: Floats, truth: Floats, budget: int) -> list[float]:

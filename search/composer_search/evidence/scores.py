@@ -84,6 +84,22 @@ class Scores:
             )
         return self.seeds
 
+    def view(self, number: int | None) -> tuple[Floats, Floats]:
+        """What a search sees, and what its findings are judged by, both [n].
+
+        Args:
+            number: The seed whose scores are seen, after the last the first again; the mean of the others
+                judges. None for the mean of all in both places.
+
+        Raises:
+            UsageError: If there are fewer than two seeds a candidate.
+        """
+        if number is None:
+            return self.values, self.values
+        by_seed = self.require_seeds()
+        seen = number % by_seed.shape[1]
+        return by_seed[:, seen], np.delete(by_seed, seen, axis=1).mean(axis=1)
+
 
 def scores_of(name: str, trials: Iterable[ScoredTrial]) -> Scores:
     """The scores of the completed trials; of a sequence scored twice, the first."""

@@ -15,6 +15,9 @@ from composer_megatron.sequence import CompositeSequence
 from composer_search.candidate import require_blocks
 from composer_search.trainer import Split, TaskData, TrainSettings, batches, require_data
 
+GROUPED = "AM"
+"""The primitives whose blocks a population groups; `composer_search.trainer` trains the others one at a time."""
+
 
 @dataclass(frozen=True, eq=False)
 class Row:
@@ -38,6 +41,11 @@ class Row:
     def __post_init__(self) -> None:
         """Raise a `UsageError` that names the value."""
         require_blocks(self.sequence)
+        if foreign := sorted(set(self.sequence) - set(GROUPED)):
+            problem = f"{self.sequence}: a population trains {' and '.join(GROUPED)} together, and has no {foreign[0]}"
+            raise UsageError(
+                f"{problem}; composer_search.trainer trains such a sequence alone, as the MAD evaluator does"
+            )
         require_data(self.data)
         if not 0 < self.learning_rate < float("inf"):
             raise UsageError(f"{self.sequence}: learning_rate={self.learning_rate}; expected a positive number")

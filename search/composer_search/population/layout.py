@@ -43,6 +43,12 @@ class Depth:
     groups: tuple[Group, ...]
     order: tuple[int, ...] | None
 
+    def sizes(self, rows: int) -> list[int]:
+        """Rows of each group and, where there are any, of none; `rows` in all."""
+        sizes = [group.size for group in self.groups]
+        idle = rows - sum(sizes)
+        return [*sizes, idle] if idle else sizes
+
 
 @dataclass(frozen=True)
 class Layout:

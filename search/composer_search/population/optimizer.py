@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from composer_search.population.layout import Layout
+from composer_search.population.operations import BETAS, Operations, Plain
 from composer_search.trainer import TrainSettings
-
-BETAS, EPS = (0.9, 0.999), 1e-8
-"""PyTorch's defaults, which MAD keeps."""
 
 
 class AdamW:
@@ -22,6 +20,7 @@ class AdamW:
         weights: The stacked weights, changed in place.
         recipes: For each row, the column of `coefficients` that it follows.
         state: First and second moments from before; zeros where there are none.
+        operations: Computes the step; PyTorch's own without it.
     """
 
     def __init__(
@@ -30,7 +29,9 @@ class AdamW:
         weights: Mapping[str, Tensor],
         recipes: Sequence[int],
         state: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None,
+        operations: Operations | None = None,
     ) -> None:
+        self._operations = operations or Plain()
         zeros = ({name: torch.zeros_like(weight) for name, weight in weights.items()} for _ in range(2))
         self.first, self.second = state or tuple(zeros)
         self._weights = list(weights.values())
@@ -44,24 +45,9 @@ class AdamW:
     @torch.no_grad()
     def step(self, gradients: list[Tensor], coefficients: Tensor) -> None:
         """Take a step with the step's `coefficients` [3, recipes]; nothing is read back from the device."""
-        decay, rate, root = self._spread(coefficients)
-        first, second = list(self.first.values()), list(self.second.values())
-        torch._foreach_mul_(self._weights, decay)
-        torch._foreach_lerp_(first, gradients, 1 - BETAS[0])
-        torch._foreach_mul_(second, BETAS[1])
-        torch._foreach_addcmul_(second, gradients, gradients, 1 - BETAS[1])
-        divisors = torch._foreach_sqrt(second)
-        torch._foreach_div_(divisors, root)
-        torch._foreach_add_(divisors, EPS)
-        steps = torch._foreach_div(first, divisors)
-        torch._foreach_mul_(steps, rate)
-        torch._foreach_sub_(self._weights, steps)
-
-    def _spread(self, coefficients: Tensor) -> list[list[Tensor]]:
-        """The three coefficients of each weight, in its row's shape."""
         of_kind = {kind: coefficients.index_select(1, recipe) for kind, recipe in self._recipes.items()}
-        pairs = list(zip(self._weights, self._kinds, strict=True))
-        return [[of_kind[kind][i].view(-1, *[1] * (w.dim() - 1)) for w, kind in pairs] for i in range(3)]
+        moments = list(self.first.values()), list(self.second.values())
+        self._operations.update(self._weights, gradients, moments, [of_kind[kind] for kind in self._kinds])
 
 
 def coefficients(settings: TrainSettings, recipes: Sequence[tuple[float, float]], first: int, last: int) -> Tensor:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from composer_search.candidate import Candidate
 from composer_search.mad import IGNORE, Counts
 from composer_search.population.feed import Feed, Questions, Row
 from composer_search.population.layout import Layout
-from composer_search.population.model import GroupedModel, Pointwise, Shape, stack_weights, unstack_weights
+from composer_search.population.model import GroupedModel, Shape, stack_weights, unstack_weights
+from composer_search.population.operations import Fused, Operations, Plain
 from composer_search.population.optimizer import AdamW, coefficients
 from composer_search.population.plan import judged_at_once
 from composer_search.population.replay import Capture, Replay
-from composer_search.trainer import Course, TrainResult, TrainSettings, build
+from composer_search.trainer import Course, Precision, TrainResult, TrainSettings, build
 
 SPAN = 500
 """Steps whose batches and rates are put on the device at once."""
@@ -32,7 +32,7 @@ class Population:
         settings: Widths, schedule and when to stop.
         device: Where all of it happens.
         capture: Records the training step; None calls it anew each time.
-        fuse: Compile the functions between the matrix products.
+        fuse: Run what lies between the matrix products in kernels of our own, on a GPU and not in float64.
     """
 
     def __init__(
@@ -47,7 +47,8 @@ class Population:
         self.rows, self.courses = tuple(rows), [Course(settings) for _ in rows]
         self.results: dict[int, TrainResult] = {}
         self._places = list(range(len(rows)))
-        self._capture, self._pointwise = capture, Pointwise.compiled() if fuse else Pointwise.eager()
+        self._capture = capture
+        self._operations: Operations = Fused(_products_of_float32(settings.precision)) if fuse else Plain()
         data = rows[0].data
         dtype = torch.bfloat16 if settings.precision == "bfloat16" else settings.weight_dtype
         self._shape = Shape(data.vocab_size, settings.widths.num_heads, data.autoencoder, dtype)
@@ -104,7 +105,7 @@ class Population:
             return
         places = [self._places.index(row) for row in rows]
         layout, sources = self._layout.take(places)
-        model = GroupedModel(layout, _take(self._best, sources), self._shape, self._pointwise)
+        model = GroupedModel(layout, _take(self._best, sources), self._shape, self._operations)
         judged = self._judge(model, Questions([self.rows[row].data.test for row in rows], self.device))
         for row, (counts, _) in zip(rows, judged, strict=True):
             recipe = self.rows[row].learning_rate, self.rows[row].weight_decay
@@ -133,8 +134,8 @@ class Population:
     def _assemble(self, moments: tuple[dict[str, Tensor], dict[str, Tensor]] | None) -> None:
         """Build what depends on which rows there are."""
         recipes = [self._recipes.index((row.learning_rate, row.weight_decay)) for row in self._present()]
-        self._optimizer = AdamW(self._layout, self._weights, recipes, moments)
-        self._model = GroupedModel(self._layout, self._weights, self._shape, self._pointwise)
+        self._optimizer = AdamW(self._layout, self._weights, recipes, moments, self._operations)
+        self._model = GroupedModel(self._layout, self._weights, self._shape, self._operations)
         self._validation = Questions([row.data.validation for row in self._present()], self.device)
         self._replay = Replay(self._train_step, self._capture)
 
@@ -144,7 +145,8 @@ class Population:
     def _train_step(self) -> None:
         """One step of all rows. What it reads and writes stays where it is, and nothing waits for the device."""
         inputs, targets = self._feed.batch(self._cursor)
-        losses = _losses(self._model(inputs), targets)
+        wanted = targets.flatten(1)
+        losses = self._operations.nats(self._model(inputs), wanted).sum(1) / (wanted != IGNORE).sum(1)
         of_leaves = torch.autograd.grad(losses.sum(), self._model.leaves())
         self._optimizer.step(self._model.gradients(of_leaves), self._table.index_select(0, self._cursor)[0])
         self._cursor += 1
@@ -158,7 +160,7 @@ class Population:
         for inputs, targets in questions.batches(judged_at_once(self.settings)):
             logits, wanted = model(inputs), targets.flatten(1)
             _count(counts, logits.argmax(-1), wanted)
-            losses += _nats(logits, wanted).sum(1)
+            losses += self._operations.nats(logits, wanted).sum(1)
         correct, target, predicted = counts[:, :, :classes].cpu().numpy()
         means = (losses.cpu() / counts[1, :, :classes].sum(1).cpu()).tolist()
         return [(Counts(*parts), mean) for *parts, mean in zip(correct, target, predicted, means, strict=True)]
@@ -182,17 +184,9 @@ def _candidates(rows: Sequence[Row], settings: TrainSettings) -> list[Candidate]
     return [built[row.sequence, row.seed] for row in rows]
 
 
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of each row over its scored positions."""
-    wanted = targets.flatten(1)
-    return _nats(logits, wanted).sum(1) / (wanted != IGNORE).sum(1)
-
-
-def _nats(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Cross-entropy [rows, positions] of logits [rows, positions, classes]; 0 where nothing is scored."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    flat = F.cross_entropy(wide.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE, reduction="none")
-    return flat.view_as(wanted)
+def _products_of_float32(precision: Precision) -> str:
+    """How Triton calls it."""
+    return "tf32" if precision == "tf32" else "ieee"
 
 
 def _count(counts: Tensor, predictions: Tensor, wanted: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from composer_megatron.errors import ComposerError
 from composer_search.population.feed import Row
+from composer_search.population.operations import fits_kernels
 from composer_search.population.plan import chunks, free_bytes, row_bytes, rows_at_once
 from composer_search.population.population import Population
 from composer_search.population.replay import Capture, cuda_graph
@@ -27,7 +28,7 @@ REGROUP_SHARE = 1 / 8
 
 
 def train_population(
-    rows: Sequence[Row], settings: TrainSettings, *, prune: Prune | None = None, fuse: bool = False
+    rows: Sequence[Row], settings: TrainSettings, *, prune: Prune | None = None, fuse: bool | None = None
 ) -> list[TrainResult]:
     """Train all rows, as many at once as are of one kind and fit in memory.
 
@@ -42,7 +43,8 @@ def train_population(
         prune: Asked after each evaluation which rows to drop, for example the worst half. Rows of one kind
             (`Row.kind`) are asked about together, be they trained together or not; and from the start again if the
             memory has not sufficed.
-        fuse: Compile the functions between matrix products with `torch.compile`, which takes a minute at first.
+        fuse: Run what lies between the matrix products in kernels of our own; without it they run on a GPU, unless the
+            precision is float64.
 
     Returns:
         A result for each row, in their order. `by_rate` holds the row's own rate; `composer_search.trainer.best_rate`
@@ -53,6 +55,8 @@ def train_population(
         ComposerError: If the device has no memory for a single row.
     """
     device = choose_device(settings.device)
+    if fuse is None:
+        fuse = fits_kernels(device, settings)
     results: dict[int, TrainResult] = {}
     with matmul_precision(settings.precision):
         for places in by_kind(rows, settings):

@@ -12,6 +12,7 @@ from composer_megatron.architecture import Architecture
 from composer_megatron.errors import ComposerError, UsageError
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS
+from composer_search.effort import Effort, effort
 from composer_search.evidence.agreement import exhibit, size_agreement, task_agreements
 from composer_search.evidence.oracle import oracle
 from composer_search.evidence.posterior import LEAST, available, fit_posterior
@@ -35,6 +36,7 @@ from composer_search.report.markup import (
     sequence_text,
     table,
 )
+from composer_search.study import Study as SearchStudy
 
 _STRETCH_FROM = 16
 """Blocks from which the paper stretches a sequence instead of stacking it."""
@@ -66,7 +68,7 @@ def pareto(contents: Contents) -> Markup | Missing:
         return Missing("no study folder was given")
     if not study.scored:
         return Missing("the study has no scored trial yet")
-    target = _target(contents, study)
+    target = _target(study, contents)
     scores = scores_of("the study", study.trials)
     grown: dict[CompositeSequence, tuple[Architecture, float]] = {}
     for sequence, score in zip(scores.sequences, scores.values, strict=True):
@@ -89,7 +91,7 @@ def pareto(contents: Contents) -> Markup | Missing:
     return phrase(figure, _front_table(grown, fronts, target.seq_len))
 
 
-def _target(contents: Contents, study: Study) -> Target:
+def _target(study: Study, contents: Contents) -> Target:
     """What the study names as its target; else the shape of the page's first architecture, else 1b."""
     named = study.settings.get("target")
     if isinstance(named, Mapping):
@@ -157,11 +159,8 @@ def _front_table(
     return element("div", table("Pareto fronts", columns, rows), class_="tall")
 
 
-def tasks(contents: Contents) -> Markup | Missing:
+def tasks(study: Study) -> Markup | Missing:
     """Scores task by task, and whether tasks and parameter count rank the candidates alike."""
-    study = contents.study
-    if study is None:
-        return Missing("no study folder was given")
     scores = scores_of("the score", study.trials)
     if not len(scores):
         return Missing("the study has no scored trial yet")
@@ -192,11 +191,8 @@ def _task_strips(scores: Scores) -> Markup:
     return element("figure", element("div", *charts, class_="multiples"), caption)
 
 
-def uncertainty(contents: Contents) -> Markup | Missing:
+def uncertainty(study: Study) -> Markup | Missing:
     """How far the ranking can be believed: seeds, and the Gaussian process of a Bayesian search."""
-    study = contents.study
-    if study is None:
-        return Missing("no study folder was given")
     scores = scores_of("the study", study.trials)
     parts: list[str] = []
     reasons: list[str] = []
@@ -265,11 +261,10 @@ def _queries(study: Study, scores: Scores) -> list[CompositeSequence]:
     return list(scores.sequences)
 
 
-def cost(contents: Contents) -> Markup | Missing:
+def cost(study: Study) -> Markup | Missing:
     """Seconds a trial, what has been spent, and what the rest of the budget will take."""
-    study = contents.study
-    if study is None:
-        return Missing("no study folder was given")
+    if study.incremental:
+        return _cost_of_steps(effort(SearchStudy.load(study.folder)))
     seconds = [trial.seconds for trial in study.trials if trial.seconds is not None]
     if not seconds:
         return Missing("the study has no timed trial yet")
@@ -289,8 +284,29 @@ def cost(contents: Contents) -> Markup | Missing:
     return phrase(card, bullets(words))
 
 
+def _cost_of_steps(done: Effort) -> Markup | Missing:
+    """The same of an incremental search, whose trials lie in its steps' folders."""
+    if done.to_go is None:
+        return Missing("the study has no timed trial yet")
+    columns = [Column("Step", numeric=True), Column("Blocks", numeric=True), Column("Trials done", numeric=True)]
+    columns += [Column("To go", numeric=True), Column("Seconds a trial, mean", numeric=True)]
+    rows = []
+    for number, stage in enumerate(done.stages, start=1):
+        seconds = [trial.seconds for trial in stage.trials]
+        mean = decimal(statistics.fmean(seconds), 1) if seconds else "–"
+        rows.append([integer(number), integer(stage.length), integer(len(stage.trials)), integer(stage.left), mean])
+    pairs = [("Trials done", integer(len(done.trials))), ("Spent on trials, hours", decimal(done.spent / 3600, 2))]
+    pairs += [("Trials to go", integer(done.left)), ("To go, hours", decimal(done.to_go / 3600, 2))]
+    card = element("div", definitions(pairs), class_="card")
+    words = [
+        "Hours are those of one worker: several at once take the less of the clock.",
+        "Trials to come are taken to last as long as those done, in proportion to their blocks.",
+    ]
+    return phrase(card, table("Steps of the search", columns, rows), bullets(words))
+
+
 def _trials_left(study: Study) -> int:
-    """Of the budget; in an incremental search the budget is that of a step, of whose number the log says nothing."""
+    """Of the budget, but never more than there are sequences."""
     budget, space = study.budget or 0, study.candidates
     most = budget if space is None else min(budget, space)
     return max(0, most - len(study.trials))

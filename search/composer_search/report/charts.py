@@ -121,7 +121,10 @@ def trials_chart(study: Study) -> Markup:
     votes = dict(study.aggregate.members) if study.aggregate else {}
     lowest = min(votes.values(), default=math.inf)  # a sequence tried again may have a score below the best cluster's
     marks = [_step_line(scored, x, y)]
-    marks += [_trial_mark(trial, score, x, y, trial.sequence in votes and score >= lowest) for trial, score in scored]
+    marks += [
+        _trial_mark(trial, score, x, y, trial.sequence in votes and (trial.value or score) >= lowest)
+        for trial, score in scored
+    ]
     for trial in study.trials:
         if trial.score is None:
             marks.append(glyph("cross", x.place(trial.number), 100, f"Trial {trial.number}: {trial.status}"))

@@ -48,7 +48,7 @@ class ReportInputs:
 class Trial:
     """One line of the trial log; `score` and `test_score` are None where there is none, `tasks` may be empty.
 
-    `seed_scores` is empty where the log has none.
+    `seed_scores` is empty where the log has none, `goals` where accuracy alone was maximised.
     """
 
     number: int
@@ -62,6 +62,12 @@ class Trial:
     seconds: float | None
     status: str
     error: str
+    goals: tuple[float, ...] = ()
+
+    @property
+    def value(self) -> float | None:
+        """What it is ranked by: the first goal, or the score; None where it has no score."""
+        return self.goals[0] if self.goals else self.score
 
     @property
     def seeds(self) -> int:
@@ -92,9 +98,20 @@ class Study:
 
     @property
     def scored(self) -> list[tuple[Trial, float]]:
-        """The trials that have a score, with it, best first; of equal ones the earlier first."""
+        """The trials that have a score, with it; by the value of the objective, of equal ones the earlier first."""
         pairs = [(trial, trial.score) for trial in self.trials if trial.score is not None]
-        return sorted(pairs, key=lambda pair: -pair[1])
+        return sorted(pairs, key=lambda pair: -(pair[0].value or 0.0))
+
+    @property
+    def incremental(self) -> bool:
+        """Whether the search went step by step, each step in a folder of its own."""
+        strategy = self.settings.get("strategy")
+        return isinstance(strategy, dict) and strategy.get("name") in ("end", "middle")
+
+    @property
+    def objective(self) -> str:
+        """What was maximised, in the words of whoever asked for it."""
+        return str(self.settings.get("objective", "accuracy"))
 
     @property
     def candidates(self) -> int | None:
@@ -289,7 +306,15 @@ def _trial(line: dict[str, Any], where: str) -> Trial:
         seconds=_number(line, "seconds", where) if line.get("seconds") is not None else None,
         status=status,
         error=str(line.get("error", "")),
+        goals=_goals(line, where) if completed else (),
     )
+
+
+def _goals(line: dict[str, Any], where: str) -> tuple[float, ...]:
+    """The values of an objective that is more than accuracy: of a mix one, of several goals each."""
+    values = _field(line, "objective", dict, where) if "objective" in line else {}
+    names = [name for name in values if name == "value" or name.startswith("goal_")]
+    return tuple(_number(values, name, f"{where}, objective") for name in names)
 
 
 def _aggregate(path: Path) -> Aggregate:

@@ -12,7 +12,7 @@ from composer_megatron.files import write_text
 from composer_megatron.sequence import CompositeSequence
 from composer_search.report import analysis, models, search, settings
 from composer_search.report.charts import block_strip
-from composer_search.report.data import Contents, ReportInputs, TrainingRun, gather, is_baseline
+from composer_search.report.data import Contents, ReportInputs, Study, TrainingRun, gather, is_baseline
 from composer_search.report.markup import (
     Markup,
     Missing,
@@ -28,15 +28,23 @@ from composer_search.report.shell import fill_page
 
 __all__ = ["ReportInputs", "build_report", "write_report"]
 
-_SECTIONS: tuple[tuple[str, str, Callable[[Contents], Markup | Missing]], ...] = (
-    ("search", "Candidates and scores", search.search),
+type _Section = Callable[[Contents], Markup | Missing]
+
+
+def _of_study(section: Callable[[Study], Markup | Missing]) -> _Section:
+    """A section that needs a study and nothing else."""
+    return lambda contents: section(contents.study) if contents.study else Missing("no study folder was given")
+
+
+_SECTIONS: tuple[tuple[str, str, _Section], ...] = (
+    ("search", "Candidates and scores", _of_study(search.search)),
     ("pareto", "Score against cost", analysis.pareto),
-    ("tasks", "Tasks and agreement", analysis.tasks),
-    ("uncertainty", "How sure is the ranking?", analysis.uncertainty),
-    ("vote", "The vote", search.vote),
+    ("tasks", "Tasks and agreement", _of_study(analysis.tasks)),
+    ("uncertainty", "How sure is the ranking?", _of_study(analysis.uncertainty)),
+    ("vote", "The vote", _of_study(search.vote)),
     ("sequences", "Sequences", models.sequences),
     ("costs", "Parameters, FLOPs and KV cache", models.costs),
-    ("effort", "Cost of the search", analysis.cost),
+    ("effort", "Cost of the search", _of_study(analysis.cost)),
     ("plan", "Pipeline plan", models.plan),
     ("training", "Training", models.training),
     ("samples", "Generated text", models.samples),

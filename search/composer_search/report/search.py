@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from composer_megatron.sequence import CompositeSequence
 from composer_search.report.charts import block_strip, primitive_legend, trials_chart, trials_legend, votes_chart
-from composer_search.report.data import Contents, Study, Trial
+from composer_search.report.data import Study, Trial
 from composer_search.report.markup import (
     Column,
     Markup,
@@ -30,18 +30,26 @@ def seeds_phrase(study: Study) -> str:
     return f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
 
 
-def search(contents: Contents) -> Markup | Missing:
+def search(study: Study) -> Markup | Missing:
     """Candidates and scores over trials: a chart and a table."""
-    study = contents.study
-    if study is None:
-        return Missing("no study folder was given")
     if not study.scored:
         return Missing("the study has no scored trial yet")
-    chart = element("figure", trials_legend(study), trials_chart(study), element("figcaption", *_search_caption(study)))
+    caption = element("figcaption", *_ranking(study), *_search_caption(study))
+    chart = element("figure", trials_legend(study), trials_chart(study), caption)
     failed = [trial for trial in study.trials if trial.score is None]
     listing = [f"Trial {trial.number}, {trial.sequence}: {trial.error or trial.status}" for trial in failed]
     errors = details(f"Trials without a score: {len(failed)}", bullets(listing)) if failed else ""
     return phrase(chart, element("h3", "Every trial, best first"), _trials_table(study), errors)
+
+
+def _ranking(study: Study) -> Iterator[Markup]:
+    """By what the trials are ranked, where that is not the score alone."""
+    goals = study.scored[0][0].goals
+    if not goals:
+        return
+    yield phrase("Ranked by the objective ", element("code", study.objective))
+    yield phrase(f", of whose {len(goals)} goals the first counts; " if len(goals) > 1 else ": ", "the best trial, ")
+    yield phrase(sequence_text(study.scored[0][0].sequence.notation), ", has the value ", decimal(goals[0], 4), ". ")
 
 
 def _search_caption(study: Study) -> Iterator[Markup]:
@@ -51,7 +59,7 @@ def _search_caption(study: Study) -> Iterator[Markup]:
     if all(trial.seeds == 1 for trial, _ in study.scored):
         yield phrase("With one seed the noise of a score is not measured: near ties mean nothing. ")
     elif len(study.scored) > 1:
-        lead = score - study.scored[1][1]
+        lead = (best.value or score) - (study.scored[1][0].value or 0.0)
         verdict = "less than" if lead < best.spread else "at least"
         yield phrase("The best leads the second by ", decimal(lead, 4), f", {verdict} its own spread of ")
         yield phrase(decimal(best.spread, 4), " (standard deviation over seeds). ")
@@ -64,21 +72,25 @@ def _search_caption(study: Study) -> Iterator[Markup]:
 
 def _trials_table(study: Study) -> Markup:
     tasks = list(dict.fromkeys(name for trial, _ in study.scored for name in trial.tasks))
+    goals = len(study.scored[0][0].goals)
     columns = [Column("Trial", numeric=True), Column("Sequence")]
+    names = ["Value"] if goals == 1 else [f"Goal {number}" for number in range(1, goals + 1)]
+    columns += [Column(name, True, f"of the objective {study.objective}") for name in names]
     columns += [Column("Score", True, "mean task accuracy, validation")]
     columns += [Column("±", True, "standard deviation over seeds"), Column("Test", True, "mean task accuracy, test")]
     columns += [*(Column(task, numeric=True) for task in tasks), Column("Proposer"), Column("Seconds", numeric=True)]
     unscored = [trial for trial in study.trials if trial.score is None]
     ranges = {task: _range([trial.tasks[task] for trial, _ in study.scored if task in trial.tasks]) for task in tasks}
-    rows = [_trial_row(trial, ranges) for trial in [*(trial for trial, _ in study.scored), *unscored]]
+    rows = [_trial_row(trial, ranges, goals) for trial in [*(trial for trial, _ in study.scored), *unscored]]
     note = element("p", "Tint: from the lowest to the highest accuracy within a task.", class_="note") if tasks else ""
     trials = table("Trials of the study", columns, rows, sortable=True)
     return phrase(element("div", trials, class_="tall"), note)
 
 
-def _trial_row(trial: Trial, ranges: Mapping[str, tuple[float, float]]) -> list[str]:
+def _trial_row(trial: Trial, ranges: Mapping[str, tuple[float, float]], goals: int) -> list[str]:
     row: list[str] = [integer(trial.number)]
     row.append(phrase(_thumb(trial.sequence), sequence_text(trial.sequence.notation)))
+    row += [decimal(goal, 4) for goal in trial.goals] or ["–"] * goals
     row.append(trial.status if trial.score is None else element("strong", decimal(trial.score, 4)))
     row.append("–" if trial.score is None or trial.seeds == 1 else decimal(trial.spread, 4))
     row.append("–" if trial.test_score is None else decimal(trial.test_score, 4))
@@ -95,11 +107,9 @@ def _range(values: list[float]) -> tuple[float, float]:
     return min(values), max(values)
 
 
-def vote(contents: Contents) -> Markup | Missing:
+def vote(study: Study) -> Markup | Missing:
     """The votes per position, with the aggregated letters and the sequences that voted."""
-    if contents.study is None:
-        return Missing("no study folder was given")
-    aggregate = contents.study.aggregate
+    aggregate = study.aggregate
     if aggregate is None:
         return Missing("the study has not been aggregated yet")
     memory = "each position by itself" if aggregate.context == 0 else f"given the {aggregate.context} letters before"

@@ -9,6 +9,8 @@ import lzma
 import math
 import os
 import resource
+import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ import numpy as np
 import pytest
 
 from composer_megatron.errors import ComposerError, FileError, UsageError
+from composer_megatron.text import corpus, parts
 from composer_megatron.text.preprocess import TextInfo, load_text_folder, preprocess, read_documents
 from composer_megatron.text.tokenizing import load_tokenizer, train_tokenizer
 
@@ -133,8 +136,8 @@ def test_text_json_is_what_other_stages_read(made: TextInfo, sources: Path) -> N
         300,
         0,
     )
-    assert values["train"].keys() == {"documents", "tokens", "bytes"}
-    extra = {"unigram_nats_per_token", "unigram_bits_per_byte"}
+    assert values["train"].keys() == {"documents", "tokens", "bytes", "sha256"}
+    extra = {"sha256", "unigram_nats_per_token", "unigram_bits_per_byte"}
     assert values["valid"].keys() == {"documents", "tokens", "bytes"} | extra
 
 
@@ -202,7 +205,7 @@ def test_what_is_in_the_way_stays(small: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["read", "tokenizer", "encode"])
-def test_an_interruption_leaves_nothing(small: Path, tmp_path: Path, stage: str) -> None:
+def test_an_interruption_leaves_nothing_but_finished_parts(small: Path, tmp_path: Path, stage: str) -> None:
     def interrupt(now: str, done: int, total: int | None) -> None:
         if now == stage and (stage == "tokenizer" or done):
             assert names(tmp_path / "out") == [".text.partial"]
@@ -210,7 +213,7 @@ def test_an_interruption_leaves_nothing(small: Path, tmp_path: Path, stage: str)
 
     with pytest.raises(KeyboardInterrupt):
         preprocess([small], tmp_path / "out" / "text", vocab_size=260, workers=1, progress=interrupt)
-    assert names(tmp_path / "out") == []
+    assert names(tmp_path / "out") == ([".text.partial"] if stage == "encode" else [])
 
 
 @contextlib.contextmanager
@@ -244,6 +247,78 @@ def test_what_a_killed_process_left_is_cleared(small: Path, tmp_path: Path) -> N
     (partial / "old").write_bytes(b"torn")
     info = preprocess([small], tmp_path / "out" / "text", vocab_size=260, workers=1)
     assert names(info.folder) == sorted(FILES) and names(tmp_path / "out") == ["text"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from composer_megatron.text import parts, preprocess
+parts.PART_BYTES = 300
+def kill(stage, done, total):
+    if stage == "encode" and done > total / 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+preprocess.preprocess([Path(sys.argv[1])], Path(sys.argv[2]), vocab_size=260, workers=1, progress=kill)
+"""
+
+
+def test_a_killed_process_is_taken_up_where_it_was(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 300)
+    whole = preprocess([small], tmp_path / "whole", vocab_size=260, workers=1)
+    output, left = tmp_path / "out" / "text", tmp_path / "out" / ".text.partial" / "parts"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(small), str(output)], check=False)
+    assert done.returncode == -signal.SIGKILL and names(tmp_path / "out") == [".text.partial"]
+    finished = sorted(left.glob("part-*"))
+    assert len(finished) > 2
+    # A damaged part is made again, a torn one never had the name.
+    data = bytearray(finished[0].read_bytes())
+    data[len(data) // 3] ^= 1
+    finished[0].write_bytes(data)
+    (left / ".part-000099.npz").write_bytes(b"torn")
+    encoded: list[Path] = []
+    encode_part = parts._encode_part
+
+    def note(task: Any) -> None:
+        encoded.append(task.file)
+        encode_part(task)
+
+    monkeypatch.setattr(parts, "_encode_part", note)
+    info = preprocess([small], output, vocab_size=260, workers=1)
+    assert finished[0] in encoded and not set(encoded) & set(finished[1:])
+    assert names(info.folder) == sorted(FILES) and names(tmp_path / "out") == ["text"]
+    for name in FILES[:-1]:
+        assert (info.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+def test_a_kill_before_the_last_rename(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is written but the folder's name: the next call only renames."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "out" / "text"
+    with monkeypatch.context() as patch:
+        patch.setattr("composer_megatron.text.preprocess.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess([small], output, vocab_size=260, workers=1)
+    assert names(tmp_path / "out") == [".text.partial"]
+
+    def never(*_: object) -> None:
+        raise AssertionError("work was done again")
+
+    info = preprocess([small], output, vocab_size=260, workers=1, progress=never)
+    assert names(info.folder) == sorted(FILES) and names(tmp_path / "out") == ["text"]
+
+
+def test_parts_and_ranges_change_nothing(
+    made: TextInfo, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 500)
+    monkeypatch.setattr(corpus, "_RANGE", 777)
+    other = preprocess([sources], tmp_path / "text", vocab_size=300, valid_fraction=0.2, workers=2)
+    for name in FILES:
+        assert (other.folder / name).read_bytes() == (made.folder / name).read_bytes()
 
 
 def test_two_at_once_do_not_mix(small: Path, tmp_path: Path) -> None:

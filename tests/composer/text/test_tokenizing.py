@@ -110,7 +110,7 @@ def test_a_process_that_dies(path: Path) -> None:
     next(encoded)
     for child in multiprocessing.active_children():
         child.kill()
-    with pytest.raises(ComposerError, match=r"a process that encoded text died.*try fewer workers than 2"):
+    with pytest.raises(ComposerError, match=r"a process that worked on text died.*try fewer workers than 2"):
         list(encoded)
 
 

@@ -1,0 +1,211 @@
+"""Where a population's training step spends its time on a GPU: ``python benchmarks/bench_population.py --output F``.
+
+Each part of a step of attention blocks and MLPs at MAD's widths in bfloat16, alone: matrix products, attention, gate,
+residual stream and optimizer. A line tells nanoseconds for a token of one block, what the bytes that the part has to
+move would take at this GPU's own copying speed, and how often that goes into the time. `--tune` times the launches of
+attention instead. Lines are printed, and all of them written as JSON, as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from composer_megatron.env import environment
+from composer_megatron.files import write_json
+from composer_search.candidate import Widths, rotation
+from composer_search.population.kernels.attention import Launch, launch_backward, launch_forward, tables
+from composer_search.population.operations import Fused, Operations, Plain
+
+WIDTHS = Widths()
+BATCH = 128
+BF16 = torch.bfloat16
+LAUNCHES = [Launch(*each) for each in ((32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 4), (128, 8))]
+Part = tuple[str, int, Callable[[], object]]
+"""What it is called, the bytes that it has to move, and what does it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """`rows` rows of BATCH sequences."""
+
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return self.rows * BATCH * self.length
+
+    def draw(self, width: int, dtype: torch.dtype = BF16) -> Tensor:
+        """Random numbers [rows, tokens of a row, width]."""
+        return torch.randn(self.rows, BATCH * self.length, width, device="cuda", dtype=dtype)
+
+
+def seconds(call: Callable[[], object], rounds: int = 5) -> float:
+    """Median seconds of a call, as many in a row as take 20 ms."""
+    for _ in range(2):
+        call()
+    calls = max(1, int(0.02 / _elapsed(call, 1)))
+    return statistics.median(_elapsed(call, calls) for _ in range(rounds))
+
+
+def _elapsed(call: Callable[[], object], calls: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def copy_speed() -> float:
+    """Bytes a second of a copy, read and written bytes both counted."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds(lambda: target.copy_(source))
+
+
+def both_ways(
+    name: str, moved: tuple[int, int], inputs: Sequence[Tensor], run: Callable[..., Tensor | tuple[Tensor, ...]]
+) -> Iterator[Part]:
+    """A function forward, and backward for random gradients."""
+    leaves = [each.requires_grad_() for each in inputs]
+    found = run(*leaves)
+    outs = found if isinstance(found, tuple) else (found,)
+    grads = [torch.randn_like(out) for out in outs]
+    yield f"{name}, forward", moved[0], functools.partial(run, *leaves)
+    yield f"{name}, backward", moved[1], lambda: torch.autograd.grad(outs, leaves, grads, retain_graph=True)
+
+
+def products(size: Size) -> Iterator[Part]:
+    """The four layers of an A and an M; backward both gradients."""
+    hidden, inner = WIDTHS.hidden_size, WIDTHS.ffn_hidden_size
+    layers = {"A in": (hidden, 3 * hidden), "A out": (hidden, hidden), "M in": (hidden, 2 * inner)}
+    for name, (before, after) in (layers | {"M out": (inner, hidden)}).items():
+        weight = torch.randn(size.rows, after, before, device="cuda", dtype=BF16)
+        moved = 2 * size.tokens * (before + after)
+        yield from both_ways(name, (moved, 2 * moved), [size.draw(before), weight], lambda x, w: torch.bmm(x, w.mT))
+
+
+def attend(size: Size, operations: Operations, who: str) -> Iterator[Part]:
+    """Attention with its bias and its rotation."""
+    hidden, heads = WIDTHS.hidden_size, WIDTHS.num_heads
+    turns = rotation(size.length, hidden // heads, torch.device("cuda"))
+    inputs = [size.draw(3 * hidden), torch.zeros(size.rows, 3 * hidden, device="cuda")]
+    moved = 8 * hidden * size.tokens, 16 * hidden * size.tokens
+    run = functools.partial(operations.attend, turns=turns, heads=heads)
+    yield from both_ways(f"attention, {who}", moved, inputs, run)
+
+
+def stream(size: Size, operations: Operations, who: str) -> Iterator[Part]:
+    """The residual stream from one depth to the next, half of the rows in attention."""
+    hidden, half = WIDTHS.hidden_size, size.rows // 2
+    order = torch.randperm(size.rows, device="cuda")
+    moves = order, order.argsort()
+    outs = [size.draw(hidden)[:half].clone() for _ in range(2)]
+    inputs = [size.draw(hidden, torch.float32), *outs, torch.zeros(half, hidden, device="cuda")]
+    moved = 12 * hidden * size.tokens, 16 * hidden * size.tokens
+    yield from both_ways(
+        f"stream, {who}", moved, inputs, lambda x, a, m, bias: operations.residual(x, [a, m], [bias, None], moves, BF16)
+    )
+
+
+def mlp(size: Size, operations: Operations, who: str) -> Iterator[Part]:
+    """An M; its bytes are those of one kernel, which forward keeps nothing of its inner width."""
+    hidden, inner = WIDTHS.hidden_size, WIDTHS.ffn_hidden_size
+    sides = (2 * inner, hidden), (hidden,), (hidden, inner)
+    weights = [torch.randn(size.rows, *side, device="cuda") / side[-1] ** 0.5 for side in sides]
+    moved = 4 * hidden * size.tokens, (10 * hidden + 12 * inner) * size.tokens
+    yield from both_ways(f"MLP, {who}", moved, [size.draw(hidden), *weights], operations.mlp)
+
+
+def optimizer(size: Size, operations: Operations, who: str) -> Iterator[Part]:
+    """AdamW on six blocks of a row."""
+    weight, gradient, first, second = ([torch.rand(6 * size.rows, 100_000, device="cuda")] for _ in range(4))
+    spread = [torch.rand(3, 6 * size.rows, device="cuda")]
+    moved = 28 * weight[0].numel()
+    yield f"AdamW, six blocks, {who}", moved, lambda: operations.update(weight, gradient, (first, second), spread)
+
+
+def parts(size: Size) -> Iterator[Part]:
+    """Everything, fused and not."""
+    yield from products(size)
+    yield from mlp(size, Fused("ieee", whole_mlp=True), "one kernel")
+    yield from mlp(size, Fused("ieee", whole_mlp=False), "gate fused")
+    for operations, who in ((Fused("ieee"), "fused"), (Plain(), "PyTorch")):
+        for part in (attend, stream, optimizer):
+            yield from part(size, operations, who)
+    yield from mlp(size, Plain(), "PyTorch")
+
+
+def launches(size: Size) -> Iterator[Part]:
+    """Attention's launches."""
+    hidden, heads = WIDTHS.hidden_size, WIDTHS.num_heads
+    cosine, sine = tables(rotation(size.length, hidden // heads, torch.device("cuda")))
+    joint, bias = size.draw(3 * hidden), torch.zeros(size.rows, 3 * hidden, device="cuda")
+    mixed, sums = launch_forward(joint, bias, cosine, sine, heads, "ieee")
+    shared = joint, bias, cosine, sine
+    for launch in LAUNCHES:
+        if launch.positions <= 2 * size.length:
+            name = f"{launch.positions} positions, {launch.warps} warps"
+            ways = (
+                functools.partial(launch_forward, *shared, heads, "ieee", launch),
+                functools.partial(launch_backward, *shared, mixed, size.draw(hidden), sums, "ieee", launch),
+            )
+            yield f"forward, {name}", 8 * hidden * size.tokens, ways[0]
+            yield f"backward, {name}", 16 * hidden * size.tokens, ways[1]
+
+
+def main() -> None:
+    """Run from the command line."""
+    options = argparse.ArgumentParser(description="Time the parts of a population's training step.")
+    options.add_argument("--tune", action="store_true", help="time attention's launches instead")
+    options.add_argument("--tokens", type=int, default=2**18, help="tokens of all rows, about")
+    options.add_argument("--output", type=Path, help="write all figures there as JSON")
+    chosen = options.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench_population.py needs a CUDA GPU, and there is none")
+    speed = copy_speed()
+    print(f"copy: {speed / 1e12:.2f} TB/s", flush=True)
+    figures: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "environment": environment(),
+        "copy": speed,
+        "parts": [],
+    }
+    for length in (32, 128, 256):
+        size = Size(max(2, chosen.tokens // (BATCH * length)), length)
+        for name, moved, call in (launches if chosen.tune else parts)(size):
+            figures["parts"].append(_timed(size, name, moved, call, speed))
+            if chosen.output is not None:
+                write_json(chosen.output, figures)
+
+
+def _timed(size: Size, name: str, moved: int, call: Callable[[], object], speed: float) -> dict[str, Any]:
+    """Time a part and print its line; what it raises becomes the line's note."""
+    line: dict[str, Any] = {"part": name, "length": size.length, "rows": size.rows, "bytes": moved}
+    label = f"S={size.length:<4} {size.rows:4} rows  {name:40}"
+    try:
+        line["seconds"] = took = seconds(call)
+    except Exception as error:  # a launch that does not fit must not end the others
+        line["note"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:120]
+        print(label, line["note"], flush=True)
+        return line
+    each, least = took / size.tokens * 1e9, moved / speed / size.tokens * 1e9
+    print(f"{label} {each:8.3f} ns a token, {least:7.3f} by its bytes, {each / least:6.2f} times", flush=True)
+    return line
+
+
+if __name__ == "__main__":
+    main()

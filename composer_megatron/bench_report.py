@@ -1,0 +1,277 @@
+"""What was measured: every result in ``benchmarks/results``, and the README's headline figures made from them.
+
+A result is a JSON file that a benchmark wrote, with the GPU, the date and the versions. Nobody types a figure: the
+lines between two marks in the README are `headline` of the files, and a test holds them equal.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from composer_megatron.bench_kernels import Verdict, verdicts
+from composer_megatron.errors import FileError
+from composer_megatron.files import naming, read_json, write_text
+from composer_megatron.sequence import CompositeSequence
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+"""The marks in the README."""
+
+OURS, PEER = "composer", "compile"
+"""The backend of the headline, and what it is measured against."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where figures come from.
+
+    Attributes:
+        file: Below the folder of the results.
+        kind: training, kernel or inference.
+        gpu: Its name.
+        date: Of the measurement, ISO 8601.
+        versions: Of the packages that matter, by name.
+    """
+
+    file: str
+    kind: str
+    gpu: str
+    date: str
+    versions: dict[str, str]
+
+    def says(self) -> str:
+        """In one line."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return ", ".join(part for part in (self.gpu, versions, self.date) if part)
+
+
+@dataclass
+class Results:
+    """All that was measured; every row says in ``source`` where it comes from.
+
+    Attributes:
+        training: Rows of ``bench_training.py``: a model on a backend at a sequence length.
+        inference: Rows of ``bench_inference.py``: a model at a batch and a context.
+        kernels: Our best row of each case of each kernel beside the best peer's, with its source.
+        ceilings: Of the GPUs, by name: copy bandwidth and GEMM rate.
+        sources: Files that hold results.
+        ignored: Files that hold none.
+    """
+
+    training: list[Row] = field(default_factory=list)
+    inference: list[Row] = field(default_factory=list)
+    kernels: list[tuple[Verdict, Source]] = field(default_factory=list)
+    ceilings: dict[str, dict[str, float]] = field(default_factory=dict)
+    sources: list[Source] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+    @property
+    def gpus(self) -> list[str]:
+        """Names, in order."""
+        return sorted({source.gpu for source in self.sources})
+
+
+def read_results(folder: Path) -> Results:
+    """Read every JSON file below a folder.
+
+    Raises:
+        FileError: If there is no such folder, or a file is no JSON.
+    """
+    if not folder.is_dir():
+        raise FileError(f"{folder} is no folder: expected results of benchmarks; composer-megatron bench … makes them")
+    results = Results()
+    for path in sorted(folder.rglob("*.json")):
+        _add(results, path.relative_to(folder).as_posix(), read_json(path, "a benchmark's result"))
+    return results
+
+
+def _add(results: Results, file: str, result: dict[str, Any]) -> None:
+    rows = result.get("rows")
+    if isinstance(result.get("models"), dict):
+        rows, kind = _rows_of_pair(result), "training"
+    elif not isinstance(rows, list):
+        results.ignored.append(file)
+        return
+    elif "op" in result:
+        kind = "kernel"
+    else:
+        kind = "training" if any("backend" in row for row in rows) else "inference"
+    source = _source(file, kind, result)
+    results.sources.append(source)
+    if isinstance(result.get("ceilings"), dict):
+        known = {name: value for name, value in result["ceilings"].items() if value}
+        results.ceilings.setdefault(source.gpu, {}).update(known)
+    if kind == "kernel":
+        results.kernels += [(verdict, source) for verdict in verdicts(result)]
+    else:
+        getattr(results, kind).extend(row | {"source": source} for row in rows)
+
+
+def _source(file: str, kind: str, result: dict[str, Any]) -> Source:
+    environment = result.get("environment") or {}
+    packages = environment.get("packages") or {}
+    gpus = environment.get("gpus") or [{}]
+    wanted = {"training": ("torch", "megatron-core", "triton"), "inference": ("torch", "triton")}
+    versions = {name: packages[name] for name in wanted.get(kind, ("torch", "triton")) if packages.get(name)}
+    gpu = result.get("gpu") or gpus[0].get("name") or "CPU"
+    return Source(file, kind, str(gpu), str(result.get("date", "")), versions)
+
+
+def _rows_of_pair(result: dict[str, Any]) -> list[Row]:
+    """A result of one Composite beside its baseline, as an earlier version wrote it."""
+    rows = []
+    for name, model in result["models"].items():
+        row = {key: value for key, value in model.items() if key != "sequence"}
+        row |= {
+            "model": "llama" if name == "baseline" else "stacked",
+            "sequence": CompositeSequence.parse(model["sequence"]).notation,
+            "shape": result["shape"]["name"],
+            "backend": "PyTorch modules",
+            "seq_len": result["seq_len"],
+            "micro_batch": result["batch"],
+            "micro_batches": 1,
+            "note": "",
+        }
+        rows.append(row)
+    return rows
+
+
+def rate(rows: Iterable[Row], **wanted: Any) -> Row | None:
+    """The fastest training row with these values; None where there is none that was timed."""
+    fit = [row for row in rows if row.get("tokens_per_second") and all(row.get(k) == v for k, v in wanted.items())]
+    return max(fit, key=lambda row: float(row["tokens_per_second"]), default=None)
+
+
+def ratios(rows: Sequence[Row], gpu: str, shape: str, backend: str, model: str) -> list[tuple[int, float]]:
+    """Tokens/s of a model over Llama's by sequence length, each pair from one file."""
+    found = []
+    for row in rows:
+        same = (row["source"].gpu, row["shape"], row["backend"], row["model"]) == (gpu, shape, backend, model)
+        # A Composite of other widths names its shape after the one that it was matched to.
+        llama = rate(rows, source=row["source"], shape=shape, backend=backend, model="llama", seq_len=row["seq_len"])
+        if same and llama and row.get("tokens_per_second"):
+            found.append((row["seq_len"], row["tokens_per_second"] / llama["tokens_per_second"]))
+    return sorted(dict(found).items())
+
+
+def headline(results: Results) -> str:
+    """The README's figures in Markdown: one list for each GPU, and what they were measured with."""
+    parts = [text for gpu in results.gpus if (text := _of_gpu(results, gpu))]
+    return "\n\n".join(parts) if parts else "Nothing has been measured yet."
+
+
+def _of_gpu(results: Results, gpu: str) -> str:
+    lines = [*_training_lines(results, gpu), *_inference_lines(results, gpu), *_kernel_lines(results, gpu)]
+    if not lines:
+        return ""
+    sources = [source for source in results.sources if source.gpu == gpu]
+    versions = dict.fromkeys(pair for source in sources for pair in source.versions.items())
+    dates = sorted({source.date for source in sources if source.date})
+    said = ", ".join(f"{name} {version}" for name, version in versions)
+    when = f"; {dates[0]}" if len(dates) == 1 else f"; {dates[0]} to {dates[-1]}" if dates else ""
+    return "\n".join([f"**{gpu}** ({said}{when}):", "", *(f"- {line}" for line in lines)])
+
+
+def _training_lines(results: Results, gpu: str) -> list[str]:
+    rows = [row for row in results.training if row["source"].gpu == gpu]
+    backends = {row["backend"] for row in rows if row.get("tokens_per_second")}
+    ours = OURS if OURS in backends else min(backends, default=None)
+    lines = []
+    for shape, length in sorted({(row["shape"], row["seq_len"]) for row in rows if row["model"] == "llama"}):
+        llama = rate(rows, backend=ours, shape=shape, seq_len=length, model="llama")
+        stacked = rate(rows, backend=ours, shape=shape, seq_len=length, model="stacked")
+        if llama is None or stacked is None:
+            continue
+        gain = stacked["tokens_per_second"] / llama["tokens_per_second"]
+        line = f"training {shape} at {length:,} tokens: {_thousands(stacked)} with the Composite, {_thousands(llama)} "
+        line += f"with Llama (x{gain:.3f}; {llama['tflops']:.0f} TFLOP/s, {_mfu(llama)})"
+        peer = rate(rows, backend=PEER, shape=shape, seq_len=length, model="llama")
+        if peer is not None and ours != PEER:
+            line += f"; torch.compile's Llama {_thousands(peer)}"
+        lines.append(f"{line}, backend {ours}")
+    return lines
+
+
+def _thousands(row: Row) -> str:
+    return f"{row['tokens_per_second'] / 1e3:.1f}k tokens/s"
+
+
+def _mfu(row: Row) -> str:
+    return f"MFU {row['mfu']:.1%}" if row.get("mfu") else "MFU not counted"
+
+
+def _inference_lines(results: Results, gpu: str) -> list[str]:
+    rows = [row for row in results.inference if row["source"].gpu == gpu and row.get("graph")]
+    lines = []
+    for shape in sorted({row["shape"] for row in rows}):
+        alone = [row for row in rows if row["shape"] == shape and row["batch"] == 1]
+        if alone:
+            shortest = min(row["context"] for row in alone)
+            cells = {row["model"]: row for row in alone if row["context"] == shortest}
+            times = ", ".join(f"{name} {1e3 * row['graph']:.2f} ms" for name, row in cells.items())
+            lines.append(f"decoding {shape}, batch 1, {shortest:,} tokens of context: {times} a token")
+        gains = [row["advantage"] for row in rows if row["shape"] == shape and row.get("advantage") and _grown(row)]
+        if gains:
+            lines.append(
+                f"decoding {shape} over {len(gains)} cells of batch and context: the Composites x{min(gains):.2f} to "
+                f"x{max(gains):.2f} as fast as Llama"
+            )
+    return lines
+
+
+def _grown(row: Row) -> bool:
+    return bool(row["model"] != "llama")
+
+
+def _kernel_lines(results: Results, gpu: str) -> list[str]:
+    measured = [verdict for verdict, source in results.kernels if source.gpu == gpu and verdict.seconds is not None]
+    beside = [verdict.advantage for verdict in measured if verdict.advantage]
+    fractions = [verdict.fraction for verdict in measured if verdict.fraction]
+    if not measured or not fractions:
+        return []
+    ops = len({verdict.op for verdict in measured})
+    line = (
+        f"kernels: {ops} operations, {len(measured)} cases, at {statistics.median(fractions):.0%} of the ceiling in the"
+    )
+    line += " median"
+    if beside:
+        ahead = sum(advantage > 1 for advantage in beside)
+        mean = math.exp(statistics.fmean(map(math.log, beside)))
+        line += f"; faster than the best peer in {ahead} of {len(beside)} (geometric mean x{mean:.2f})"
+    return [line]
+
+
+def update_readme(path: Path, text: str) -> bool:
+    """Put `text` between the marks; returns whether that changed the file.
+
+    Raises:
+        FileError: If the file cannot be read, or has no marks.
+    """
+    before, _, after = split_readme(path)
+    with naming(path, "read"):
+        old = path.read_text(encoding="utf-8")
+    new = f"{before}{BEGIN}\n{text}\n{END}{after}"
+    if new != old:
+        write_text(path, new)
+    return new != old
+
+
+def split_readme(path: Path) -> tuple[str, str, str]:
+    """What stands before, between and after the marks.
+
+    Raises:
+        FileError: If the file cannot be read, or has no marks, or several.
+    """
+    with naming(path, "read"):
+        text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise FileError(f"{path}: expected one line {BEGIN} and below it one line {END}, to put the figures between")
+    before, _, rest = text.partition(BEGIN)
+    between, _, after = rest.partition(END)
+    return before, between.strip("\n"), after

@@ -1,0 +1,71 @@
+"""``bench report``: one page of everything that was measured, and the README's headline figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tyro.conf import Positional
+
+from composer_megatron.display import console
+from composer_megatron.errors import ComposerError, UsageError
+from composer_megatron.files import write_text
+
+if TYPE_CHECKING:
+    from composer_megatron.bench_report import Results
+    from composer_search.report.benchmarks import Measured
+
+
+def bench_report(
+    results: Positional[Path] = Path("benchmarks/results"),
+    *,
+    output: Path = Path("runs/bench/report.html"),
+    readme: Path | None = None,
+    check: bool = False,
+) -> None:
+    """One page of tables and plots from the result files of all benchmarks.
+
+    Args:
+        results: Folder of the results; its JSON files are read, those of folders below it, too.
+        output: The page.
+        readme: Write the headline figures between the marks of this file instead of a page.
+        check: With --readme, write nothing, and fail where the figures there are not those of the results.
+    """
+    from composer_megatron.bench_report import headline, read_results, split_readme, update_readme
+    from composer_search.report.benchmarks import build_page
+
+    if check and readme is None:
+        raise UsageError("--check looks at a README: add --readme README.md")
+    found = read_results(results)
+    if readme is None:
+        write_text(output, build_page(measured(found)))
+        console.print(f"{len(found.sources)} results; written to {output}")
+    elif check:
+        if split_readme(readme)[1] != headline(found):
+            raise ComposerError(f"the figures in {readme} are not those of {results}: run this without --check")
+        console.print(f"the figures in {readme} are those of {results}")
+    else:
+        changed = update_readme(readme, headline(found))
+        console.print(f"{readme} {'has new figures' if changed else 'had these figures already'}")
+
+
+def measured(found: Results) -> Measured:
+    """The results as the page takes them."""
+    from composer_megatron.bench_report import ratios
+    from composer_search.report.benchmarks import Measured
+
+    training = [{**row, "gpu": row["source"].gpu} for row in found.training]
+    pairs = dict.fromkeys((row["gpu"], row["shape"], row["backend"], row["model"]) for row in training)
+    curves = {
+        f"{shape} {model}, {backend}, {gpu}": ratios(found.training, gpu, shape, backend, model)
+        for gpu, shape, backend, model in pairs
+        if model != "llama"
+    }
+    return Measured(
+        training=training,
+        inference=[{**row, "gpu": row["source"].gpu} for row in found.inference],
+        kernels=[{**vars(verdict), "gpu": source.gpu} for verdict, source in found.kernels],
+        ratios=curves,
+        ceilings=found.ceilings,
+        sources=[f"{source.file}: {source.kind}, {source.says()}" for source in found.sources],
+    )

@@ -1,0 +1,265 @@
+"""Products of a few rows with a large matrix, as decoding has them, with the norm before and what comes after them.
+
+    y = x̂ · Wᵀ  (+ residual)          x̂ = x, or its RMSNorm x / sqrt(mean(x²) + eps) · norm_weight
+    y = silu(x̂ · Gᵀ) · (x̂ · Uᵀ)       with gate and up one above the other in W = [G; U]
+
+so that a whole block of a model takes two calls beside its attention. Sums are in fp32, nothing is rounded in between.
+
+Bytes: W once, 2NK (4NK with a gate) in 16 bits; everything else is small. FLOPs are 1 for each byte and row, on the
+scalar units: memory decides for the few rows (`MOST_ROWS`) that this is for, at eight just about. A program takes some
+rows of W whole, so that no partial sums go through memory; the norm's factor is the same for all of a row's products
+and multiplies their sum at the end, so that no program waits for it before it streams.
+
+Memory: y.
+
+Legend: N outputs, K inputs, ROWS rows of x; a program handles BLOCK_N outputs, BLOCK_K inputs at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from composer_kernels._launch import Kernel, as_rows, check_dtypes, describe, runs_kernel
+from composer_kernels.rms_norm import rms_norm_reference
+from composer_kernels.swiglu import swiglu_reference
+
+MOST_ROWS = 8
+"""Rows of x up to which the kernel computes; with more, the matrix units of a GPU pay."""
+
+
+@triton.jit
+def _kernel(
+    x_ptr: tl.tensor, w_ptr: tl.tensor, norm_ptr: tl.tensor, residual_ptr: tl.tensor, y_ptr: tl.tensor,
+    x_stride: tl.tensor, w_stride: tl.tensor, residual_stride: tl.tensor, eps: tl.tensor,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LINES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr,
+) -> None:  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    line = tl.arange(0, LINES)  # ROWS, padded to a power of 2
+    inside = n < N
+    w_rows = w_ptr + n.to(tl.int64)[:, None] * w_stride
+    # One row is summed at the end, over registers that each hold the sum of every BLOCK_K-th product; more rows would
+    # need too many registers, and are summed block by block.
+    width: tl.constexpr = BLOCK_K if ROWS == 1 else LINES
+    sums = tl.zeros([BLOCK_N, width], tl.float32)
+    sums_up = tl.zeros([BLOCK_N, width], tl.float32)
+    squares = tl.zeros([width], tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        valid = k < K
+        mask = inside[:, None] & valid[None, :]
+        w = tl.load(w_rows + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        up = w
+        if GATED:
+            ups = w_rows + N * w_stride + k[None, :]
+            up = tl.load(ups, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        scale = tl.full([BLOCK_K], 1.0, tl.float32)
+        if NORM:
+            scale = tl.load(norm_ptr + k, mask=valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        for row in tl.static_range(ROWS):
+            x_row = x_ptr + row * x_stride + k
+            x = tl.load(x_row, mask=valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            scaled = (x * scale)[None, :]
+            if ROWS == 1:
+                sums += w * scaled
+                squares += x * x
+                if GATED:
+                    sums_up += up * scaled
+            else:
+                mine = line == row
+                sums += tl.where(mine[None, :], tl.sum(w * scaled, 1)[:, None], 0.0)
+                squares += tl.where(mine, tl.sum(x * x, 0), 0.0)
+                if GATED:
+                    sums_up += tl.where(mine[None, :], tl.sum(up * scaled, 1)[:, None], 0.0)
+    if ROWS == 1:
+        sums = tl.sum(sums, 1)[:, None]
+        sums_up = tl.sum(sums_up, 1)[:, None]
+        squares = tl.sum(squares, 0)[None]
+    factor = tl.full([LINES], 1.0, tl.float32)
+    if NORM:
+        factor = tl.rsqrt(squares / K + eps)
+    y = sums * factor[None, :]
+    if GATED:
+        y = y * tl.sigmoid(y) * (sums_up * factor[None, :])
+    mask = inside[:, None] & (line < ROWS)[None, :]
+    if ADD:
+        y += tl.load(residual_ptr + line[None, :] * residual_stride + n[:, None], mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + line[None, :] * N + n[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernel is launched.
+
+    Attributes:
+        outputs: Rows of W of a program, a power of two; with a gate so many of each half.
+        block: Columns of W at a time, a power of two.
+        warps: Warps of a program.
+        stages: Blocks of W on their way to shared memory at once; with 1 they come straight to registers.
+    """
+
+    outputs: int
+    block: int
+    warps: int = 4
+    stages: int = 1
+
+    @functools.cached_property
+    def options(self) -> tuple[tuple[str, Any], ...]:
+        """As `Kernel.launch` takes them."""
+        return (("num_warps", self.warps),)
+
+
+@functools.cache
+def default_launch(rows: int, outputs: int, inputs: int, gated: bool) -> Launch:
+    """At least about four programs a multiprocessor of a large GPU, with 16 bytes a thread and more on their way each.
+
+    Args:
+        rows: Of x.
+        outputs: N.
+        inputs: K.
+        gated: Whether W has two halves.
+    """
+    share = (4 if outputs <= 4096 else 8) // (2 if gated else 1)
+    largest = 1024 if rows == 1 else 256  # one warp then sums a row of W, without shared memory
+    fitting = [size for size in (1024, 512, 256) if size <= largest and inputs % size == 0]
+    return Launch(share, fitting[0] if fitting else min(largest, triton.next_power_of_2(inputs)))
+
+
+_decode = Kernel(_kernel)
+
+
+def launch_linear(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+    out: Tensor | None = None,
+    launch: Launch | None = None,
+) -> Tensor:
+    """Run the kernel; arguments as for `linear_decode`."""
+    rows, inputs = x.shape
+    outputs = weight.shape[0] // 2 if gated else weight.shape[0]
+    launch = launch or default_launch(rows, outputs, inputs, gated)
+    y = x.new_empty(rows, outputs) if out is None else out
+    x, x_stride = as_rows(x)
+    other, other_stride = (x, 0) if residual is None else as_rows(residual)  # stands there unread
+    _decode.launch(
+        -(-outputs // launch.outputs),
+        (x, weight, x if norm_weight is None else norm_weight, other, y),
+        (x_stride, weight.stride(0), other_stride),
+        (),
+        (eps,),
+        (
+            outputs,
+            inputs,
+            rows,
+            triton.next_power_of_2(rows),
+            launch.outputs,
+            launch.block,
+            launch.stages,
+            norm_weight is not None,
+            residual is not None,
+            gated,
+        ),
+        launch.options,
+    )
+    return y
+
+
+def linear_decode(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Multiply up to `MOST_ROWS` rows with a matrix: y = x̂ · Wᵀ, with the norm before it and what follows.
+
+    On a GPU a Triton kernel does it, on a CPU and in float64 plain PyTorch. For inference: there is no gradient.
+
+    Args:
+        x: (B, K) in bfloat16, float16, float32 or float64, B from 1 to `MOST_ROWS`.
+        weight: (N, K), or with a gate (2N, K), the gate's rows first; in the type of x, rows of neighbouring elements.
+        norm_weight: (K,) in the type of x: multiply with the RMSNorm of x; None for x itself.
+        eps: Of the norm: added to the mean square.
+        residual: (B, N) in the type of x, added to the product; None for nothing.
+        gated: Whether y is silu(gate) · up.
+        out: (B, N) in the type of x, contiguous: takes y; may be `residual`.
+
+    Returns:
+        y, (B, N), in the type of x, contiguous.
+
+    Raises:
+        TypeError: For an element type that is not accepted.
+        ValueError: For shapes or devices that do not fit.
+        RuntimeError: Where a gradient is wanted.
+    """
+    _check(x, weight, norm_weight, residual, gated, out)
+    if runs_kernel(x):
+        return launch_linear(x, weight, norm_weight, eps, residual, gated, out)
+    y = linear_decode_reference(x, weight, norm_weight=norm_weight, eps=eps, residual=residual, gated=gated)
+    return y if out is None else out.copy_(y)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    residual: Tensor | None,
+    gated: bool,
+    out: Tensor | None,
+) -> None:
+    check_dtypes("linear_decode", x=x.dtype)
+    if x.dim() != 2 or not 1 <= x.shape[0] <= MOST_ROWS or x.shape[1] == 0:
+        raise ValueError(f"linear_decode: x must be (B, K) with B from 1 to {MOST_ROWS}; given {describe(x)}")
+    rows, inputs = x.shape
+    outputs = weight.shape[0] // (2 if gated else 1) if weight.dim() == 2 else 0
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "weight": (weight, (outputs * (2 if gated else 1), inputs)),
+        "norm_weight": (norm_weight, (inputs,)),
+        "residual": (residual, (rows, outputs)),
+        "out": (out, (rows, outputs)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        same = tensor.dtype == x.dtype and tensor.device == x.device
+        if tensor.shape != shape or not same or outputs == 0 or tensor.stride(-1) != 1:
+            halves = ", an even number of rows" if gated and name == "weight" else ""
+            wanted = f"{shape if outputs else '(N, K)'}{halves}, elements of a row side by side, like x, {describe(x)}"
+            raise ValueError(f"linear_decode: {name} must be {wanted}; given {describe(tensor)}")
+    if out is not None and not out.is_contiguous():
+        raise ValueError(f"linear_decode: out must be contiguous; its strides are {out.stride()}")
+    given = (x, weight, norm_weight, residual)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
+        raise RuntimeError("linear_decode: has no gradient; call it under torch.no_grad()")
+
+
+def linear_decode_reference(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """`linear_decode` in plain PyTorch on any device, rounded after each operation, and with any number of rows."""
+    y = F.linear(x if norm_weight is None else rms_norm_reference(x, norm_weight, eps), weight)
+    if gated:
+        y = swiglu_reference(y)
+    return y if residual is None else y + residual

@@ -1,0 +1,168 @@
+"""The SwiGLU MLP of each row in one pass over its tokens: both products and the gate between them, in bf16.
+
+    g, u = h Wgᵀ, h Wuᵀ        a = silu(g) · u        y = a Wdᵀ
+
+and backward, with s = σ(g) and g, u and a computed again:
+
+    da = dy Wd        dg = da · u · s · (1 + g · (1 - s))        du = da · g · s        dh = dg Wg + du Wu
+
+A proxy's layers are so narrow that what lies between the products is most of the bytes: with H channels outside and F
+inside, forward reads and writes 4H bytes a token instead of 4H + 12F, and nothing of F is kept. Backward writes dg, du
+and a, 6F bytes, of which the weights' gradients are matrix products.
+
+Legend: a program handles TOKENS tokens of a row and goes through the MLP's channels by CHUNK; `up` [rows, 2 · INNER,
+HIDDEN] holds Wg and Wu, `down` [rows, HIDDEN, INNER] is Wd.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from composer_search.population.product import round_weight, weight_gradients
+
+TOKENS, CHUNK, WARPS = 128, 32, 8
+
+
+@triton.jit
+def _rows_of(ptr: tl.tensor, first: tl.tensor, HIDDEN: tl.constexpr, COUNT: tl.constexpr) -> tl.tensor:
+    """COUNT rows of HIDDEN numbers."""
+    row = first + tl.arange(0, COUNT)
+    return tl.load(ptr + row[:, None] * HIDDEN + tl.arange(0, HIDDEN)[None, :])
+
+
+@triton.jit
+def _tokens_of(ptr: tl.tensor, token: tl.tensor, tokens: tl.tensor, WIDTH: tl.constexpr) -> tl.tensor:
+    """All channels of these tokens, 0 beyond the last one."""
+    places = ptr + token[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return tl.load(places, mask=(token < tokens)[:, None], other=0.0)
+
+
+@triton.jit
+def _store(
+    ptr: tl.tensor, x: tl.tensor, token: tl.tensor, tokens: tl.tensor, first: tl.tensor,
+    WIDTH: tl.constexpr, COUNT: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write COUNT of the WIDTH channels of these tokens, from `first` on."""
+    places = ptr + token[:, None] * WIDTH + first + tl.arange(0, COUNT)[None, :]
+    tl.store(places, x.to(ptr.dtype.element_ty), mask=(token < tokens)[:, None])
+
+
+@triton.jit
+def _forward_kernel(
+    h_ptr: tl.tensor, up_ptr: tl.tensor, down_ptr: tl.tensor, y_ptr: tl.tensor, tokens: tl.tensor,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+) -> None:  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    up_ptr += row * (2 * INNER * HIDDEN)
+    down_ptr += row * (INNER * HIDDEN)
+    h = _tokens_of(h_ptr + row * tokens * HIDDEN, token, tokens, HIDDEN)
+    y = tl.zeros([TOKENS, HIDDEN], tl.float32)
+    for first in range(0, INNER, CHUNK):
+        g = tl.dot(h, tl.trans(_rows_of(up_ptr, first, HIDDEN, CHUNK)))
+        u = tl.dot(h, tl.trans(_rows_of(up_ptr, INNER + first, HIDDEN, CHUNK)))
+        a = (g * tl.sigmoid(g) * u).to(h.dtype)
+        inner = first + tl.arange(0, CHUNK)
+        down = tl.load(down_ptr + tl.arange(0, HIDDEN)[None, :] * INNER + inner[:, None])  # [CHUNK, HIDDEN]
+        y += tl.dot(a, down)
+    _store(y_ptr + row * tokens * HIDDEN, y, token, tokens, 0, HIDDEN, HIDDEN)
+
+
+@triton.jit
+def _backward_kernel(
+    h_ptr: tl.tensor, dy_ptr: tl.tensor, up_ptr: tl.tensor, down_ptr: tl.tensor, dh_ptr: tl.tensor, dup_ptr: tl.tensor,
+    a_ptr: tl.tensor, tokens: tl.tensor,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+) -> None:  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    up_ptr += row * (2 * INNER * HIDDEN)
+    down_ptr += row * (INNER * HIDDEN)
+    dup_ptr += row * tokens * (2 * INNER)
+    a_ptr += row * tokens * INNER
+    h = _tokens_of(h_ptr + row * tokens * HIDDEN, token, tokens, HIDDEN)
+    dy = _tokens_of(dy_ptr + row * tokens * HIDDEN, token, tokens, HIDDEN)
+    dh = tl.zeros([TOKENS, HIDDEN], tl.float32)
+    for first in range(0, INNER, CHUNK):
+        gate = _rows_of(up_ptr, first, HIDDEN, CHUNK)
+        up = _rows_of(up_ptr, INNER + first, HIDDEN, CHUNK)
+        g, u = tl.dot(h, tl.trans(gate)), tl.dot(h, tl.trans(up))
+        inner = first + tl.arange(0, CHUNK)
+        down = tl.load(down_ptr + tl.arange(0, HIDDEN)[:, None] * INNER + inner[None, :])  # [HIDDEN, CHUNK]
+        da = tl.dot(dy, down)
+        s = tl.sigmoid(g)
+        dg = (da * u * s * (1 + g * (1 - s))).to(h.dtype)
+        du = (da * g * s).to(h.dtype)
+        dh += tl.dot(dg, gate)
+        dh += tl.dot(du, up)
+        _store(dup_ptr, dg, token, tokens, first, 2 * INNER, CHUNK)
+        _store(dup_ptr, du, token, tokens, INNER + first, 2 * INNER, CHUNK)
+        _store(a_ptr, g * s * u, token, tokens, first, INNER, CHUNK)
+    _store(dh_ptr + row * tokens * HIDDEN, dh, token, tokens, 0, HIDDEN, HIDDEN)
+
+
+def fits(h: Tensor, inner: int) -> bool:
+    """Whether these kernels can: bf16, a power of two of channels that a tile can hold, whole chunks of the MLP's."""
+    hidden = h.shape[2]
+    return h.dtype == torch.bfloat16 and hidden in (16, 32, 64, 128) and inner % CHUNK == 0
+
+
+def launch_forward(h: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The MLP of h [rows, tokens, hidden], given the rounded weights."""
+    rows, tokens, hidden = h.shape
+    y = torch.empty_like(h)
+    _forward_kernel[triton.cdiv(tokens, TOKENS), rows](
+        h, up, down, y, tokens, HIDDEN=hidden, INNER=down.shape[2], TOKENS=TOKENS, CHUNK=CHUNK, num_warps=WARPS
+    )
+    return y
+
+
+def launch_backward(h: Tensor, dy: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of h and of [g | u], and a."""
+    rows, tokens, hidden = h.shape
+    inner = down.shape[2]
+    dh, dup, a = torch.empty_like(h), h.new_empty(rows, tokens, 2 * inner), h.new_empty(rows, tokens, inner)
+    _backward_kernel[triton.cdiv(tokens, TOKENS), rows](
+        h, dy, up, down, dh, dup, a, tokens,
+        HIDDEN=hidden, INNER=inner, TOKENS=TOKENS, CHUNK=CHUNK, num_warps=WARPS,
+    )  # fmt: skip
+    return dh, dup, a
+
+
+class _Mlp(torch.autograd.Function):
+    """See `mlp`."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, up: Tensor, gain: Tensor, down: Tensor) -> Tensor:
+        rounded = round_weight(up, gain, h.dtype), round_weight(down, None, h.dtype)
+        ctx.save_for_backward(h, up, gain, down, *rounded)
+        return launch_forward(h, *rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        h, up, gain, down, *rounded = ctx.saved_tensors
+        dy = grads[0].contiguous()
+        dh, dup, a = launch_backward(h, dy, *rounded)
+        of_down, _ = weight_gradients(dy, a, down, None)
+        return dh, *weight_gradients(dup, h, up, gain), of_down
+
+
+def mlp(h: Tensor, up: Tensor, gain: Tensor, down: Tensor) -> Tensor:
+    """Each row's MLP on h [rows, tokens, hidden], where `fits` says so.
+
+    Args:
+        h: In bf16.
+        up: [rows, 2 · inner, hidden], fp32, as are
+        gain: [rows, hidden], by which h is multiplied first, and
+        down: [rows, hidden, inner].
+
+    Returns:
+        [rows, tokens, hidden].
+    """
+    y: Tensor = _Mlp.apply(h.contiguous(), up, gain, down)
+    return y

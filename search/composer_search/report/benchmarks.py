@@ -1,0 +1,348 @@
+"""One page of everything that benchmarks measured: training, where a step's time goes, decoding, cache, kernels.
+
+The figures come as plain rows, as the result files hold them; what was not measured has no place on the page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from composer_megatron.architecture import Architecture
+from composer_megatron.sequence import CompositeSequence
+from composer_megatron.shape import PRESETS
+from composer_search.extrapolate import extrapolate
+from composer_search.report.charts import Axis, glyph, legend_item, percent, plot, stretched
+from composer_search.report.markup import (
+    Column,
+    Markup,
+    Missing,
+    bullets,
+    decimal,
+    element,
+    integer,
+    join,
+    sequence_text,
+    table,
+)
+from composer_search.report.shell import fill_page
+
+Row = Mapping[str, Any]
+
+_PARTS = ("gemm", "attention", "elementwise", "loss", "optimizer", "copies", "communication", "idle")
+"""Of a step, in the order in which bars show them; each has the colour of its place."""
+
+_MEMORIES = (80e9, 141e9)
+"""Bytes of an H100 and of an H200."""
+
+_CONTEXTS = (4096, 8192, 32_768, 131_072)
+_GROWN = (("stacked", "2A4M", "stack"), ("stretched", "2A5M2A3M1A3M", "stretch"))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the page shows.
+
+    Attributes:
+        training: Rows of the training benchmark, each with the name of its GPU under ``gpu``.
+        inference: Rows of the inference benchmark, likewise.
+        kernels: Our best row of each case beside the best peer's: op, case, name, seconds, fraction, peer, advantage,
+            note, gpu.
+        ratios: A Composite's tokens/s over Llama's by sequence length, under a name for the legend.
+        ceilings: Of each GPU: copy bandwidth in bytes/s, GEMM rate in FLOP/s.
+        sources: One line for each file.
+    """
+
+    training: Sequence[Row]
+    inference: Sequence[Row]
+    kernels: Sequence[Row]
+    ratios: Mapping[str, Sequence[tuple[int, float]]]
+    ceilings: Mapping[str, Mapping[str, float]]
+    sources: Sequence[str]
+
+
+def build_page(measured: Measured) -> str:
+    """The page as HTML; sections without figures are left out, and the page says so."""
+    sections = (
+        ("ratio", "What a Composite gains in training, by sequence length", _ratio),
+        ("training", "Training throughput", _training),
+        ("roofline", "Where a step's time goes", _roofline),
+        ("latency", "Prefill and decoding", _latency),
+        ("cache", "Cache", _cache),
+        ("kernels", "Kernels beside their peers", _kernels),
+        ("sources", "Where the figures come from", _sources),
+    )
+    shown, missing = [], []
+    for anchor, title, build in sections:
+        body = build(measured)
+        if isinstance(body, Missing):
+            missing.append(f"{title}: {body.reason}")
+        else:
+            shown.append((anchor, title, body))
+    links = element("ul", *(element("li", element("a", title, href=f"#{anchor}")) for anchor, title, _ in shown))
+    parts = (
+        element(
+            "section", element("h2", title, id=f"{anchor}-title"), body, id=anchor, aria_labelledby=f"{anchor}-title"
+        )
+        for anchor, title, body in shown
+    )
+    left_out = element("div", element("p", "Not measured"), bullets(missing), class_="left-out") if missing else ""
+    return fill_page("Benchmarks", sections=join(parts), contents=links, left_out=left_out)
+
+
+def _ratio(measured: Measured) -> Markup | Missing:
+    curves = {name: points for name, points in measured.ratios.items() if points}
+    if not curves:
+        return Missing("no Composite was trained beside its Llama")
+    everything = [point for points in curves.values() for point in points]
+    x = _octaves(length for length, _ in everything)
+    y = Axis.around([ratio for _, ratio in everything] + [1.0])
+    marks = [_level(y, 1.0)]
+    for number, (name, points) in enumerate(curves.items()):
+        placed = [(x.place(math.log2(length)), 100 - y.place(ratio)) for length, ratio in points]
+        path = "M" + "L".join(f"{left:.3f} {top:.3f}" for left, top in placed)
+        marks.append(stretched(path, f"s{number % 6}"))
+        for (length, ratio), (left, top) in zip(points, placed, strict=True):
+            marks.append(glyph(f"disc s{number % 6}", left, top, f"{name}: x{ratio:.3f} at {length:,} tokens"))
+    ticks = sorted({length for length, _ in everything})
+    labels = [
+        element("text", f"{length:,}", x=percent(x.place(math.log2(length))), y="100%", dy=20, class_="x")
+        for length in ticks
+    ]
+    label = "; ".join(f"{name}: " + ", ".join(f"{r:.3f} at {n}" for n, r in points) for name, points in curves.items())
+    drawing = plot(
+        None,
+        y,
+        [element("g", *labels, class_="grid"), *marks],
+        label=f"Tokens per second over Llama's by sequence length. {label}",
+        titles=("Tokens/s of the Composite over Llama's, same backend", "Tokens in a sequence"),
+    )
+    keys = [legend_item(element("span", class_=f"key s{number % 6}"), name) for number, name in enumerate(curves)]
+    words = (
+        "Attention costs time in proportion to the sequence's length, and a Composite has fewer attention blocks. The "
+        "faster the attention kernel, the smaller the gain; it tends to the ratio of attention blocks."
+    )
+    return element("figure", element("ul", *keys, class_="legend"), drawing, element("figcaption", words))
+
+
+def _octaves(lengths: Iterable[int]) -> Axis:
+    known = [math.log2(length) for length in lengths]
+    return Axis(min(known) - 0.15, max(known) + 0.15, (), 0)
+
+
+def _level(axis: Axis, value: float) -> Markup:
+    height = percent(100 - axis.place(value))
+    return element("line", x1=0, x2="100%", y1=height, y2=height, class_="unigram")
+
+
+def _training(measured: Measured) -> Markup | Missing:
+    if not measured.training:
+        return Missing("no result of composer-megatron bench training")
+    columns = [
+        Column("Model"),
+        Column("Sequence"),
+        Column("Backend"),
+        Column("GPU"),
+        Column("Tokens", numeric=True, meaning="in a sequence"),
+        Column("Tokens/s", numeric=True),
+        Column("±", numeric=True, meaning="largest less smallest step, over the median"),
+        Column("TFLOP/s", numeric=True, meaning="causal attention counted"),
+        Column("MFU", numeric=True, meaning="of 989 TFLOP/s"),
+        Column("of GEMM", numeric=True, meaning="of the rate of matrix products measured in the same run"),
+        Column("Peak GB", numeric=True),
+        Column("Note"),
+    ]
+    order = sorted(measured.training, key=lambda row: (row["gpu"], row["shape"], row["seq_len"], row["backend"]))
+    return _tall(table("Training throughput", columns, map(_training_row, order), sortable=True))
+
+
+def _tall(long_table: Markup) -> Markup:
+    """A table that scrolls in place."""
+    return element("div", long_table, class_="tall")
+
+
+def _training_row(row: Row) -> list[str]:
+    def cell(name: str, digits: int, scale: float = 1.0) -> str:
+        return decimal(scale * row[name], digits) if row.get(name) is not None else Markup("–")
+
+    figures = (
+        integer(round(row["tokens_per_second"])) if row.get("tokens_per_second") else Markup("–"),
+        cell("spread", 3),
+        cell("tflops", 0),
+        cell("mfu", 3),
+        cell("of_gemm_rate", 3),
+        cell("peak_bytes", 1, 1e-9),
+    )
+    first = (f"{row['shape']} {row['model']}", sequence_text(row["sequence"]), row["backend"], row["gpu"])
+    return [*first, integer(row["seq_len"]), *figures, row.get("note") or ""]
+
+
+def _roofline(measured: Measured) -> Markup | Missing:
+    rows = [row for row in measured.training if row.get("breakdown")]
+    if not rows:
+        return Missing("no step was profiled")
+    longest = max(_seconds_a_token(row, "breakdown") for row in rows)
+    bars = []
+    for row in sorted(rows, key=lambda row: (row["gpu"], row["shape"], row["seq_len"], row["model"], row["backend"])):
+        name = f"{row['shape']} {row['model']}, {row['backend']}, {row['seq_len']:,} tokens"
+        bars.append(_bar(name, row, "breakdown", longest))
+        if row.get("ideal"):
+            bars.append(_bar("at the measured ceilings", row, "ideal", longest))
+    keys = [
+        legend_item(element("span", Markup("&nbsp;"), class_=f"chip p{number}"), name)
+        for number, name in enumerate(_PARTS)
+    ]
+    words = (
+        "Nanoseconds a token, by the kernels' names. Below each measured bar stands what its matrix products, "
+        "attention, passes over memory and optimizer would take at the GPU's ceilings, measured in the same run; "
+        "attention's ceilings are assumed shares of the rate of matrix products."
+    )
+    return element("figure", element("ul", *keys, class_="legend"), *bars, element("figcaption", words))
+
+
+def _seconds_a_token(row: Row, name: str) -> float:
+    tokens = row["seq_len"] * row["micro_batch"] * row["micro_batches"]
+    return float(sum(row[name].values()) / tokens)
+
+
+def _bar(name: str, row: Row, which: str, longest: float) -> Markup:
+    tokens = row["seq_len"] * row["micro_batch"] * row["micro_batches"]
+    left, pieces, words = 0.0, [], []
+    for number, part in enumerate(_PARTS):
+        seconds = row[which].get(part, 0.0) / tokens
+        if seconds <= 0:
+            continue
+        width = 100 * seconds / longest
+        words.append(f"{part} {1e9 * seconds:.0f}")
+        title = element("title", f"{part}: {1e9 * seconds:.1f} ns a token")
+        rect = element("rect", title, x=percent(left), y=0, width=percent(width), height="100%")
+        label = element("text", f"{1e9 * seconds:.0f}", x=percent(left + width / 2), y="50%") if width > 6 else ""
+        pieces.append(element("g", rect, label, class_=f"p{number}"))
+        left += width
+    total = 1e9 * _seconds_a_token(row, which)
+    head = element("p", element("span", name), element("span", f"{total:,.0f} ns a token"), class_="bar-head")
+    drawing = element("svg", *pieces, class_="strip", role="img", aria_label=f"{name}: {', '.join(words)}")
+    return element("div", head, element("div", drawing, class_="strips"), class_="bar")
+
+
+def _latency(measured: Measured) -> Markup | Missing:
+    if not measured.inference:
+        return Missing("no result of the inference benchmark")
+    columns = [
+        Column("Model"),
+        Column("GPU"),
+        Column("Batch", numeric=True),
+        Column("Context", numeric=True),
+        Column("Prefill ms", numeric=True),
+        Column("Decode ms", numeric=True, meaning="a step, in a CUDA graph"),
+        Column("launched", numeric=True, meaning="a step, kernel by kernel, in ms"),
+        Column("of copy", numeric=True, meaning="of the copy bandwidth"),
+        Column("over Llama", numeric=True, meaning="Llama's decoding time over this one's"),
+        Column("Cache MB", numeric=True),
+        Column("Note"),
+    ]
+    return _tall(table("Prefill and decoding", columns, map(_latency_row, measured.inference), sortable=True))
+
+
+def _latency_row(row: Row) -> list[str]:
+    def cell(name: str, digits: int, scale: float = 1.0) -> str:
+        return decimal(scale * row[name], digits) if row.get(name) is not None else Markup("–")
+
+    figures = (
+        cell("prefill", 2, 1e3),
+        cell("graph", 3, 1e3),
+        cell("eager", 3, 1e3),
+        cell("fraction", 3),
+        cell("advantage", 3),
+        cell("cache", 1, 1e-6),
+    )
+    name = f"{row['shape']} {row['model']}"
+    return [name, row["gpu"], integer(row["batch"]), integer(row["context"]), *figures, row.get("note") or ""]
+
+
+def _cache(measured: Measured) -> Markup:
+    """Exact counts, with what a GPU has left beside the weights; measured rows confirm the bytes."""
+    columns = [
+        Column("Model"),
+        Column("Sequence"),
+        Column("KiB a token", numeric=True),
+        Column("over Llama", numeric=True),
+    ]
+    columns += [
+        Column(f"{context // 1024}k, {memory / 1e9:.0f} GB", numeric=True, meaning="sequences of that length that fit")
+        for memory in _MEMORIES
+        for context in _CONTEXTS
+    ]
+    rows = []
+    for name in ("350m", "1b", "3b", "8b"):
+        shape = PRESETS[name]
+        llama = Architecture(CompositeSequence("AM" * shape.baseline_pairs), shape)
+        models = {"llama": llama}
+        models |= {
+            word: extrapolate(CompositeSequence.parse(text), shape, method="stack" if how == "stack" else "stretch")
+            for word, text, how in _GROWN
+        }
+        rows += [_cache_row(f"{name} {word}", model, llama) for word, model in models.items()]
+    compared = [row for row in measured.inference if row.get("cache") and row.get("cache_formula")]
+    equal = sum(row["cache"] == row["cache_formula"] for row in compared)
+    words = (
+        f"Measured: {equal} of {len(compared)} allocated caches have exactly the bytes of the formula."
+        if compared
+        else ""
+    )
+    note = element(
+        "p", f"bf16; weights in bf16 are taken off the GPU's memory, nothing else is. {words}", class_="note"
+    )
+    return join([table("Bytes of the decoding cache", columns, rows, sortable=True), note])
+
+
+def _cache_row(name: str, model: Architecture, llama: Architecture) -> list[str]:
+    a_token, baseline = model.kv_bytes_per_token(), llama.kv_bytes_per_token()
+    fits = [
+        integer(max(0, int((memory - 2 * model.params_total) // (context * a_token))))
+        for memory in _MEMORIES
+        for context in _CONTEXTS
+    ]
+    first = (name, sequence_text(model.sequence.notation), decimal(a_token / 1024, 0), decimal(baseline / a_token, 3))
+    return [*first, *fits]
+
+
+def _kernels(measured: Measured) -> Markup | Missing:
+    if not measured.kernels:
+        return Missing("no result of composer-megatron bench kernels")
+    columns = [
+        Column("Operation"),
+        Column("Case"),
+        Column("GPU"),
+        Column("µs", numeric=True, meaning="ours, in a CUDA graph, caches cold"),
+        Column("of limit", numeric=True, meaning="of the bandwidth or the GEMM rate measured in the same run"),
+        Column("Best peer"),
+        Column("peer over us", numeric=True, meaning="the peer's time over ours: below 1 where ours is slower"),
+        Column("Note"),
+    ]
+    rows = []
+    for row in measured.kernels:
+        cells = [
+            decimal(scale * row[name], digits) if row.get(name) is not None else Markup("–")
+            for name, digits, scale in (("seconds", 1, 1e6), ("fraction", 3, 1.0), ("advantage", 3, 1.0))
+        ]
+        rows.append(
+            [row["op"], row["case"], row["gpu"], *cells[:2], row.get("peer") or "–", cells[2], row.get("note") or ""]
+        )
+    return _tall(table("Kernels", columns, rows, sortable=True))
+
+
+def _sources(measured: Measured) -> Markup | Missing:
+    if not measured.sources:
+        return Missing("there is no result")
+    limits = [
+        f"{gpu}: "
+        + ", ".join(
+            f"{name} {value / 1e12:.2f} {'TFLOP/s' if name == 'gemm' else 'TB/s'}" for name, value in known.items()
+        )
+        for gpu, known in measured.ceilings.items()
+    ]
+    heading = element("h3", "Ceilings") if limits else ""
+    return join([bullets(measured.sources), heading, bullets(limits) if limits else ""])

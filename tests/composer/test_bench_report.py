@@ -1,0 +1,174 @@
+"""The page of results and the README's figures: what is read, what is said, and that nothing is typed."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from composer_megatron.bench_report import BEGIN, END, headline, ratios, read_results, split_readme, update_readme
+from composer_megatron.cli import main
+from composer_megatron.commands.bench_report import measured
+from composer_megatron.errors import FileError
+from composer_search.report.benchmarks import build_page
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = {"packages": {"torch": "2.11.0", "megatron-core": "0.19.2", "triton": "3.6.0", "apex": None}}
+
+
+def training_row(model: str, backend: str, seq_len: int, rate: float | None, note: str = "") -> dict:
+    row = {"shape": "1b", "model": model, "sequence": "9A18M", "backend": backend, "seq_len": seq_len, "note": note}
+    row |= {"micro_batch": 1, "micro_batches": 1}
+    if rate is not None:
+        row |= {"tokens_per_second": rate, "median_seconds": seq_len / rate, "tflops": 500.0, "mfu": 0.5056}
+        row |= {"spread": 0.01, "of_gemm_rate": 0.71, "peak_bytes": 43e9}
+        row |= {"breakdown": {"gemm": 0.04, "idle": 0.01}, "ideal": {"gemm": 0.03}}
+    return row
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    def write(name: str, values: dict) -> None:
+        path = tmp_path / "nvidia-h100" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"gpu": "NVIDIA H100", "date": "2026-11-23", "environment": PACKAGES} | values))
+
+    rows = [
+        training_row("llama", "composer", 4096, 66_000.0),
+        training_row("stacked", "composer", 4096, 72_600.0),
+        training_row("llama", "compile", 4096, 59_000.0),
+        training_row("stacked", "te", 4096, None, "TransformerEngine <is missing>"),
+        training_row("llama", "composer", 8192, 50_000.0),
+        training_row("stacked", "composer", 8192, 60_000.0),
+    ]
+    write("training-1b.json", {"ceilings": {"copy": 3.0e12, "gemm": 7.04e14}, "rows": rows})
+    cells = [
+        {"shape": "1b", "model": name, "sequence": "9A18M", "batch": batch, "context": 512, "graph": seconds}
+        | {"advantage": advantage, "cache": 8, "cache_formula": 8, "note": "", "prefill": None}
+        for name, batch, seconds, advantage in (
+            ("llama", 1, 0.0011, 1.0), ("stacked", 1, 0.001, 1.1), ("stacked", 32, None, None)
+        )
+    ]  # fmt: skip
+    write("inference-1b.json", {"rows": cells})
+    kernels = [
+        {"case": "forward", "name": name, "graph": seconds, "fraction": 0.9, "note": ""}
+        for name, seconds in (("composer", 1e-4), ("liger", 2e-4))
+    ]
+    write("kernel-swiglu.json", {"op": "swiglu", "rows": kernels})
+    write("notes.json", {"something": "else"})
+    return tmp_path
+
+
+def test_every_file_is_read_as_what_it_is(folder: Path) -> None:
+    found = read_results(folder)
+    assert [(source.file, source.kind) for source in found.sources] == [
+        ("nvidia-h100/inference-1b.json", "inference"),
+        ("nvidia-h100/kernel-swiglu.json", "kernel"),
+        ("nvidia-h100/training-1b.json", "training"),
+    ]
+    assert found.ignored == ["nvidia-h100/notes.json"]
+    assert (len(found.training), len(found.inference), len(found.kernels)) == (6, 3, 1)
+    assert found.ceilings["NVIDIA H100"]["gemm"] == 7.04e14
+    assert found.sources[-1].says() == "NVIDIA H100, torch 2.11.0, megatron-core 0.19.2, triton 3.6.0, 2026-11-23"
+    curve = ratios(found.training, "NVIDIA H100", "1b", "composer", "stacked")
+    assert curve == [(4096, pytest.approx(1.1)), (8192, pytest.approx(1.2))]
+
+
+def test_results_of_a_pair_are_still_read() -> None:
+    found = read_results(ROOT / "benchmarks/results")
+    old = [row for row in found.training if row["backend"] == "PyTorch modules"]
+    assert {row["model"] for row in old} == {"llama", "stacked"}
+
+
+def test_headline_figures_follow_from_the_files(folder: Path) -> None:
+    text = headline(read_results(folder))
+    for wanted in (
+        "**NVIDIA H100** (torch 2.11.0, triton 3.6.0, megatron-core 0.19.2; 2026-11-23)",
+        "training 1b at 4,096 tokens: 72.6k tokens/s with the Composite, 66.0k tokens/s with Llama (x1.100; 500",
+        "MFU 50.6%",
+        "torch.compile's Llama 59.0k tokens/s, backend composer",
+        "x1.200",
+        "decoding 1b, batch 1, 512 tokens of context: llama 1.10 ms, stacked 1.00 ms a token",
+        "x1.10 to x1.10 as fast",
+        "1 operations, 1 cases, at 90% of the ceiling",
+        "faster than the best peer in 1 of 1 (geometric mean x2.00)",
+    ):
+        assert wanted in text
+    assert headline(read_results(folder / "nvidia-h100")) == text
+
+
+def test_nothing_measured_is_said(tmp_path: Path) -> None:
+    assert headline(read_results(tmp_path)) == "Nothing has been measured yet."
+    with pytest.raises(FileError, match="is no folder"):
+        read_results(tmp_path / "none")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(FileError, match=r"bad\.json"):
+        read_results(tmp_path)
+
+
+def test_the_readme_gets_the_figures_between_its_marks(folder: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# A\n\n{BEGIN}\nold\n{END}\n\nrest\n")
+    assert update_readme(readme, "new\nlines")
+    assert readme.read_text() == f"# A\n\n{BEGIN}\nnew\nlines\n{END}\n\nrest\n"
+    assert split_readme(readme)[1] == "new\nlines"
+    assert not update_readme(readme, "new\nlines")
+    arguments = ["bench", "report", str(folder), "--readme", str(readme)]
+    for changes, status in (([*arguments, "--check"], 1), (arguments, None), ([*arguments, "--check"], None)):
+        if status is None:
+            main(changes)
+        else:
+            with pytest.raises(SystemExit) as end:
+                main(changes)
+            assert end.value.code == status
+    readme.write_text("no marks")
+    with pytest.raises(FileError, match="expected one line"):
+        split_readme(readme)
+
+
+def test_the_readme_holds_the_figures_of_the_results() -> None:
+    readme = ROOT / "README.md"
+    if BEGIN not in readme.read_text(encoding="utf-8"):
+        pytest.skip("the README has no marks for figures")
+    assert split_readme(readme)[1] == headline(read_results(ROOT / "benchmarks/results")), (
+        "run: composer-megatron bench report --readme README.md"
+    )
+
+
+def test_the_page_holds_every_row(folder: Path, tmp_path: Path) -> None:
+    page = build_page(measured(read_results(folder)))
+    for title in ("by sequence length", "Training throughput", "time goes", "Prefill and decoding", "Cache", "peers"):
+        assert title in page
+    assert "TransformerEngine &lt;is missing&gt;" in page
+    exact = {float(value) for value in re.findall(r'<data value="([^"]+)">', page)}
+    assert {66_000, 72_600, 59_000, 50_000, 60_000} <= exact
+    assert "3 of 3 allocated caches" in page
+    # 0.05 s of a step of 4096 tokens, and at the ceilings 0.03 s.
+    assert {"12,207 ns a token", "7,324 ns a token"} <= set(re.findall(r"[0-9,]+ ns a token", page))
+    output = tmp_path / "page/report.html"
+    main(["bench", "report", str(folder), "--output", str(output)])
+    assert "Benchmarks" in output.read_text(encoding="utf-8")
+
+
+def test_a_page_without_figures_says_what_is_missing(tmp_path: Path) -> None:
+    page = build_page(measured(read_results(tmp_path)))
+    assert "Not measured" in page
+    assert "no step was profiled" in page
+    assert "Bytes of the decoding cache" in page  # exact counts need no GPU
+    assert 'value="1.7777777777777777"' in page
+
+
+@pytest.mark.browser
+def test_the_page_in_a_browser(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("no Chromium")
+    output = tmp_path / "report.html"
+    output.write_text(build_page(measured(read_results(folder))), encoding="utf-8")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", output.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("<button") > 20  # the page's script ran: tables can be sorted

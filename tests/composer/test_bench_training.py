@@ -1,0 +1,234 @@
+"""The training benchmark: the plain model is the same model, a step's parts add up, contenders that fail say why."""
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from composer_megatron.architecture import Architecture
+from composer_megatron.errors import UsageError
+from composer_megatron.sequence import CompositeSequence
+from composer_megatron.shape import PRESETS
+
+ROOT = Path(__file__).parents[2]
+TINY = dataclasses.replace(PRESETS["tiny"], vocab_size=96, num_query_groups=2)
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_plain_model_computes_what_megatron_does(load, tied: bool) -> None:
+    plain_model = load("plain_model")
+    model = pytest.importorskip("composer_megatron.model", reason="needs the extra [train]")
+    shape = dataclasses.replace(TINY, tied_embeddings=tied)
+    architecture = Architecture(CompositeSequence.parse("1M2A1M"), shape)
+    megatron = model.build_model(architecture, max_sequence_length=12, backend="local")
+    plain = plain_model.PlainModel(architecture)
+    with torch.no_grad():
+        _copy(dict(megatron.named_parameters()), plain, shape)
+    assert sum(each.numel() for each in plain.parameters()) == architecture.params_total
+    tokens = torch.randint(shape.vocab_size, (2, 13))
+    positions = torch.arange(12).expand(2, -1)
+    labels = tokens[:, 1:].contiguous()
+    expected = megatron(tokens[:, :-1], positions, None, labels=labels).mean()
+    got = plain(tokens[:, :-1], labels)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)  # fp32, sums of 64 to 256 terms in another order
+    expected.backward()
+    got.backward()
+    gradient = dict(megatron.named_parameters())["embedding.word_embeddings.weight"].grad
+    torch.testing.assert_close(plain.embedding.weight.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def _copy(source, plain, shape) -> None:
+    """Megatron keeps the query heads of a group beside its key and value; the plain model all queries first."""
+    plain.embedding.weight.copy_(source["embedding.word_embeddings.weight"])
+    plain.norm.weight.copy_(source["decoder.final_norm.weight"])
+    if not shape.tied_embeddings:
+        plain.head.weight.copy_(source["output_layer.weight"])
+    for number, block in enumerate(plain.blocks):
+        part = {
+            name.split(f"layers.{number}.")[1]: each for name, each in source.items() if f"layers.{number}." in name
+        }
+        if hasattr(block, "gate_up"):
+            block.gate_up.weight.copy_(part["mlp.linear_fc1.weight"])
+            block.down.weight.copy_(part["mlp.linear_fc2.weight"])
+            continue
+        per_group = shape.num_attention_heads // shape.num_query_groups
+        packed = part["self_attention.linear_qkv.weight"]
+        heads = packed.view(shape.num_query_groups, per_group + 2, shape.head_dim, -1)
+        ordered = [heads[:, :per_group], heads[:, per_group], heads[:, per_group + 1]]
+        block.qkv.weight.copy_(torch.cat([each.reshape(-1, shape.hidden_size) for each in ordered]))
+        block.out.weight.copy_(part["self_attention.linear_proj.weight"])
+
+
+def test_fp32_masters_accumulate_micro_batches(load) -> None:
+    plain_model = load("plain_model")
+    architecture = Architecture(CompositeSequence.parse("1A1M"), TINY)
+    cpu = torch.device("cpu")
+    trainer = plain_model.PlainTrainer(architecture, masters=True, device=cpu, dtype=torch.float32)
+    trainer.add_state()
+    tokens = torch.randint(TINY.vocab_size, (4, 9))
+    whole = trainer.model(tokens[:, :-1], tokens[:, 1:])
+    wanted = torch.autograd.grad(whole, trainer.params)
+    norm = torch.stack([each.norm() for each in wanted]).norm()
+    trainer.step(list(tokens.view(2, 2, 9)))
+    for master, gradient in zip(trainer.masters, wanted, strict=True):
+        torch.testing.assert_close(master.grad, gradient / max(1.0, float(norm)), rtol=1e-3, atol=1e-6)
+    stored = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in trainer.tensors()}
+    assert sum(stored.values()) == 20 * architecture.params_total  # weight, master, gradient and moments, all fp32 here
+
+
+def test_kernels_are_counted_once_and_by_kind(load) -> None:
+    module = load("breakdown")
+    kernel = module.Kernel
+    kernels = [
+        kernel("nvjet_tst_128x256_TNT", 0.0, 2.0),
+        kernel("_forward_kernel", 2.0, 2.5),
+        kernel("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", 2.5, 3.5),
+        kernel("at::cuda::spin_kernel(long)", 3.5, 3.6),
+        kernel("nvjet_tst_head", 4.0, 6.0),
+        kernel("vectorized_elementwise_kernel", 6.0, 6.5),  # in the head: the loss
+        kernel("at::cuda::spin_kernel(long)", 6.5, 6.6),
+        kernel("vectorized_elementwise_kernel", 7.0, 7.25),
+        kernel("triton_red_fused__log_softmax_nll_loss_3", 7.25, 7.5),
+        kernel("overlapping_gemm", 7.25, 7.75),
+        kernel("vectorized_elementwise_kernel", 9.0, 9.5),  # in the optimizer's span
+        kernel("Memset (Device)", 10.0, 10.5),
+    ]
+    found = module.breakdown(kernels, [kernel("optimizer", 8.5, 9.75)])
+    assert found["breakdown"] == pytest.approx(
+        {"gemm": 4.5, "elementwise": 0.75, "attention": 1.0, "loss": 0.75, "optimizer": 0.5, "copies": 0.5}
+    )
+    assert found["busy"] == pytest.approx(3.5 + 2.5 + 0.75 + 0.5 + 0.5)
+    assert found["launches"] == 10
+    assert found["kernels"][0]["kind"] == "gemm"
+
+
+def test_profiler_events_become_kernels(load) -> None:
+    module = load("breakdown")
+    from types import SimpleNamespace as Event
+
+    device = torch.autograd.DeviceType
+
+    def event(name, start, kind=device.CUDA, **more):
+        return Event(name=name, time_range=Event(start=start, end=start + 5), device_type=kind, **more)
+
+    kernels, spans = module.kernels_of(
+        [
+            event("later", 20, is_user_annotation=False),
+            event("first", 10, is_user_annotation=False),
+            event("optimizer", 18, is_user_annotation=True),
+            event("## Call CompiledFxGraph ##", 9, is_user_annotation=True),
+            event("aten::mm", 9, device.CPU, is_user_annotation=False),
+        ]
+    )
+    assert [each.name for each in kernels] == ["first", "later"]
+    assert [each.start for each in spans] == [18e-6]
+
+
+def test_ideal_seconds_of_llama_1b(load) -> None:
+    roofline = load("training_roofline")
+    llama = Architecture(CompositeSequence("AM" * 16), PRESETS["1b"])
+    parts = roofline.ideal_seconds(llama, 4096, 16_384, {"copy": 3e12, "gemm": 704e12})
+    # By hand: 1235.7M weights in products; 4·2048 FLOPs of 2048.5 keys in 16 blocks, forward 1/495, backward 2.5/415.
+    assert parts["gemm"] == pytest.approx(6 * 1_235_746_816 * 16_384 / 704e12, rel=1e-3)
+    core = 4 * 2048 * 2048.5 * 16
+    assert parts["attention"] == pytest.approx(core * (1 / 495e12 + 2.5 / 415e12) * 16_384, rel=1e-6)
+    elements = 16 * (2 * 16 * 2048 + 2 * 4 * 40 * 64 + 16 * 8192) + 16 * 2048
+    assert parts["elementwise"] == pytest.approx(elements * 16_384 / 3e12, rel=1e-6)
+    assert parts["loss"] == pytest.approx(6 * 128_256 * 16_384 / 3e12)
+    assert parts["optimizer"] == pytest.approx(38 * llama.params_total / 3e12)
+    assert roofline.total(parts) == pytest.approx(sum(parts.values()))
+
+
+def test_models_of_a_shape(load) -> None:
+    bench = load("bench_training")
+    made = bench.architectures("1b", bench.MODELS)
+    assert {name: each.sequence.count("A") for name, each in made.items()} == {
+        "llama": 16,
+        "stacked": 9,
+        "stretched": 10,
+        "matched": 9,
+    }
+    large = bench.architectures("3b", ["stacked", "stretched"])
+    assert [(each.sequence.count("A"), each.sequence.count("M")) for each in large.values()] == [(16, 32), (15, 33)]
+    llama = made["llama"].matrix_parameters
+    assert made["matched"].matrix_parameters == pytest.approx(llama, rel=2e-3)
+    assert made["stacked"].matrix_parameters > 1.02 * llama
+    assert "matched" not in bench.architectures("3b", bench.MODELS)  # stacking comes out even there
+    with pytest.raises(UsageError, match="bigger"):
+        bench.architectures("1b", ["bigger"])
+
+
+def test_a_step_has_the_tokens_asked_for(load) -> None:
+    bench = load("bench_training")
+    llama = Architecture(CompositeSequence("AM" * 16), PRESETS["1b"])
+    for length in (2048, 4096, 8192, 16_384, 32_768):
+        size = bench.workload(llama, length, 65_536, 16_384)
+        assert size.tokens == 65_536
+        assert size.micro_batch == max(1, 16_384 // length)
+
+
+@pytest.mark.parametrize(
+    ("shape", "gigabytes", "tokens"), [("1b", 80, 16_384), ("3b", 80, 4096), ("3b", 141, 16_384), ("350m", 80, 16_384)]
+)
+def test_micro_batches_fit_the_gpu(load, monkeypatch, shape: str, gigabytes: int, tokens: int) -> None:
+    bench = load("bench_training")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, gigabytes * 10**9))
+    llama = bench.architectures(shape, ["llama"])["llama"]
+    size = bench.workload(llama, 4096, 65_536, None)
+    assert size.micro_batch * size.seq_len == tokens
+    assert size.tokens == 65_536
+
+
+def test_contenders_take_turns_and_failures_have_rows(load, tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core", reason="needs the extra [train]")
+    output = tmp_path / "training.json"
+    command = [sys.executable, str(ROOT / "benchmarks/bench_training.py"), "--shapes", "tiny", "--models", "llama"]
+    command += ["--backends", "composer", "te", "compile", "--lengths", "16", "--step-tokens", "64", "--steps", "2"]
+    command += ["--rounds", "2", "--output", str(output)]
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "search"))
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    rows = {row["backend"]: row for row in result["rows"]}
+    assert set(rows) == {"composer", "te", "compile"}
+    assert "transformer_engine" in rows["te"]["note"]
+    assert "median_seconds" not in rows["te"]
+    for name in ("composer", "compile"):
+        row = rows[name]
+        assert len(row["seconds"]) == 4
+        assert row["tokens_per_second"] == pytest.approx(64 / row["median_seconds"])
+        assert row["tflops"] == pytest.approx(row["flops_per_token"] * row["tokens_per_second"] / 1e12)
+        assert row["note"] == ""
+    assert "backend te needs" in done.stdout
+
+
+def test_a_worker_that_dies_is_reported_and_replaced(load, tmp_path: Path) -> None:
+    bench = load("bench_training")
+    llama = Architecture(CompositeSequence("AM"), TINY)
+    contender = bench.Contender("llama", llama, "compile", tmp_path, tmp_path)
+    contender._process.kill()
+    contender.send(do="measure", warmup=0, steps=1)
+    assert "ended with status -9" in contender.receive()["note"]
+    other = contender.alive()
+    assert other is not contender
+    other.end()
+    contender.end()

@@ -1,0 +1,148 @@
+"""What decoding keeps: the counts are those of the cache that is allocated, and the paper's ratios come out."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from composer_megatron import cli
+from composer_megatron.architecture import Architecture
+from composer_megatron.errors import UsageError
+from composer_megatron.inference.cache import cache_bytes, make_cache
+from composer_megatron.inference.weights import Block, Weights
+from composer_megatron.kv import fitting_batch, fixed_bytes, keeping, mean_ratio, request_bytes
+from composer_megatron.sequence import CompositeSequence
+from composer_megatron.shape import PRESETS
+
+
+def of(text: str, shape: str = "1b") -> Architecture:
+    return Architecture(CompositeSequence.parse(text), PRESETS[shape])
+
+
+def allocated(architecture: Architecture, rows: int, capacity: int) -> int:
+    """Bytes of the cache that the engine would allocate, on the meta device."""
+    shape, nothing = architecture.shape, torch.empty(0, device="meta", dtype=torch.bfloat16)
+    windows = {"A": None, "W": shape.window}
+    blocks = tuple(
+        Block(nothing, nothing, nothing, letter in windows, windows.get(letter)) for letter in architecture.sequence
+    )
+    sizes = (shape.num_attention_heads, shape.num_query_groups, shape.head_dim, 1e-5)
+    return cache_bytes(make_cache(Weights(nothing, blocks, nothing, nothing, *sizes, nothing), rows, capacity))
+
+
+@pytest.mark.parametrize("shape", ["350m", "1b", "3b", "8b", "70b"])
+@pytest.mark.parametrize("text", ["2A4M", "(AM)x16", "3W1A4M", "2M"])
+def test_counts_are_what_the_cache_allocates(shape, text):
+    architecture = of(text, shape)
+    for context in (100, 1024, 5000):  # below, at and past the window
+        assert allocated(architecture, 3, context) == 3 * architecture.state_bytes(context)
+
+
+def test_the_papers_ratios():
+    rows = [
+        keeping(name, of(text), [4096], []) for name, text in (("llama", "(AM)x16"), ("a", "9A18M"), ("b", "10A19M"))
+    ]
+    assert [row.bytes_per_token for row in rows] == [32_768, 18_432, 20_480]
+    assert [row.ratio for row in rows] == [1, 16 / 9, 16 / 10]
+    assert mean_ratio(rows) == pytest.approx(1.6889, abs=5e-5)
+    assert mean_ratio(rows[:1]) is None
+    assert keeping("none", of("2M"), [], []).ratio is None
+
+
+@pytest.mark.parametrize("text", ["(AM)x16", "2A4M", "3W1A4M"])
+@pytest.mark.parametrize("context", [512, 32_768])
+def test_a_batch_fits_and_one_more_does_not(text, context):
+    architecture, memory = of(text), 80 * 10**9
+    batch = fitting_batch(architecture, context, memory)
+    needed = fixed_bytes(architecture) + batch * request_bytes(architecture, context)
+    assert needed <= memory < needed + request_bytes(architecture, context)
+    assert batch * architecture.state_bytes(context) > 0.75 * (memory - fixed_bytes(architecture))  # mostly cache
+
+
+def test_weights_that_do_not_fit_leave_no_room():
+    assert fitting_batch(of("(AM)x80", "70b"), 512, 80 * 10**9) == 0
+
+
+@pytest.mark.parametrize(("context", "memory", "message"), [(0, 1, "context=0"), (1, 0, "memory=0")])
+def test_impossible_requests(context, memory, message):
+    with pytest.raises(UsageError, match=message):
+        fitting_batch(of("2A4M"), context, memory)
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    try:
+        cli.main(["kv", *arguments])
+        status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    return status, *capsys.readouterr()
+
+
+def test_the_table_for_programs_and_for_people(capsys, tmp_path):
+    status, out, _ = run(capsys, "--shapes", "1b", "--contexts", "512", "--memory", "80", "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert [(row["model"], row["bytes_per_token"]) for row in found["rows"]] == [
+        ("llama", 32_768),
+        ("stacked", 18_432),
+        ("stretched", 20_480),
+    ]
+    of("2A4M2W").save(tmp_path / "architecture.json")
+    status, out, _ = run(capsys, str(tmp_path / "architecture.json"), "8M", "--shapes", "1b", "--memory", "80")
+    assert status == 0
+    assert "1b: Llama over Composite" in out
+    assert "32,768" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("2Q",), "unknown primitive 'Q'"), (("--contexts", "0"), "context=0"), (("--shapes", "1B"), "did you mean '1b'")],
+)
+def test_mistakes(capsys, arguments, message):
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert message in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_check_needs_a_gpu(capsys):
+    status, _, err = run(capsys, "--check")
+    assert status == 2
+    assert "--check runs on a CUDA GPU" in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("used", "status"), [(70 * 10**9, 0), (81 * 10**9, 1), (None, 1)])
+def test_a_check_says_what_was_tried(capsys, monkeypatch, used, status):
+    """With a GPU of cardboard: batches that fit, that need more than was said, that do not fit."""
+    from composer_megatron.inference import fit
+
+    def try_batch(architecture, weights, batch, context):
+        held = batch * architecture.state_bytes(context)
+        return fit.Trial(batch, context, held, held, used)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=85 * 10**9))
+    monkeypatch.setattr(fit, "weights_for", lambda architecture: None)
+    monkeypatch.setattr(fit, "try_batch", try_batch)
+    found, out, err = run(capsys, "2A4M", "--shapes", "1b", "--contexts", "512", "--check", "--json")
+    assert found == status
+    trials = json.loads(out)["trials"]
+    assert [(trial["model"], trial["memory"], trial["holds"]) for trial in trials] == [
+        ("llama", 80 * 10**9, status == 0),
+        ("2A4M", 80 * 10**9, status == 0),  # 141 GB this GPU does not have
+    ]
+    assert ("2 of 2 batches did not fit" in err) == (status == 1)
+    assert "1b llama: 4," in err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_what_is_said_to_fit_fits(capsys):
+    """In 20 GB, which every GPU of this project has to itself."""
+    status, out, _ = run(capsys, "--shapes", "350m", "--contexts", "512", "8192", "--memory", "20", "--check", "--json")
+    trials = json.loads(out)["trials"]
+    assert status == 0
+    assert len(trials) == 6
+    assert all(trial["holds"] for trial in trials)

@@ -1,0 +1,131 @@
+"""`linear_decode` against its formula in float64, on a GPU or in Triton's interpreter."""
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from composer_kernels.linear_decode import MOST_ROWS, linear_decode, linear_decode_reference
+
+op = importlib.import_module("composer_kernels.linear_decode")
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def exact(x, weight, norm_weight=None, eps=1e-5, residual=None, gated=False):
+    """The result in float64, written out."""
+    x, weight = x.double(), weight.double()
+    if norm_weight is not None:
+        x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * norm_weight.double()
+    y = x @ weight.T
+    if gated:
+        gate, up = y.chunk(2, -1)
+        y = gate / (1 + torch.exp(-gate)) * up
+    return y if residual is None else y + residual.double()
+
+
+def make(rows, outputs, inputs, dtype, device, *, norm, add, gated, seed=0):
+    """x, weight, and the optional tensors; x and residual are parts of wider ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size, scale=1.0):
+        return (scale * torch.randn(*size, generator=generator)).to(device, dtype)
+
+    return (
+        normal(rows, inputs + 16)[:, :inputs],
+        normal(outputs * (2 if gated else 1), inputs, scale=inputs**-0.5),
+        {
+            "norm_weight": 1 + normal(inputs, scale=0.1) if norm else None,
+            "residual": normal(rows, outputs + 16)[:, :outputs] if add else None,
+            "gated": gated,
+        },
+    )
+
+
+@pytest.fixture(params=["kernel", "formula"])
+def _both_ways(request, monkeypatch):
+    """The Triton kernel, and the formula that CPUs get."""
+    if request.param == "formula":
+        monkeypatch.setattr(op, "runs_kernel", lambda x: False)
+
+
+@pytest.mark.usefixtures("_both_ways", "poisoned")
+@pytest.mark.parametrize(("norm", "add", "gated"), [(True, False, False), (True, False, True), (False, True, False)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 24, 64), (1, 37, 1300), (3, 37, 300), (8, 16, 256)])
+def test_as_good_as_torch(rows, outputs, inputs, dtype, norm, add, gated, device, assert_as_good):
+    x, weight, options = make(rows, outputs, inputs, dtype, device, norm=norm, add=add, gated=gated)
+    ours, theirs = linear_decode(x, weight, **options), linear_decode_reference(x, weight, **options)
+    assert ours.dtype == dtype
+    assert ours.is_contiguous()
+    assert_as_good(ours, theirs, exact(x, weight, **options))
+
+
+@pytest.mark.usefixtures("poisoned")
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(
+    rows=st.integers(1, MOST_ROWS),
+    outputs=st.integers(1, 40),
+    inputs=st.integers(1, 600),
+    dtype=st.sampled_from(DTYPES),
+    norm=st.booleans(),
+    add=st.booleans(),
+    gated=st.booleans(),
+)
+def test_all_sizes(device, assert_as_good, rows, outputs, inputs, dtype, norm, add, gated):
+    x, weight, options = make(rows, outputs, inputs, dtype, device, norm=norm, add=add, gated=gated)
+    theirs = linear_decode_reference(x, weight, **options)
+    assert_as_good(linear_decode(x, weight, **options), theirs, exact(x, weight, **options))
+
+
+@pytest.mark.parametrize("launch", [op.Launch(2, 128), op.Launch(8, 64, 8), op.Launch(4, 128, 4, 3)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_every_launch_computes_the_same(rows, launch, device):
+    x, weight, options = make(rows, 21, 300, torch.float32, device, norm=True, add=False, gated=True)
+    found = op.launch_linear(x, weight, options["norm_weight"], 1e-5, None, True, None, launch)
+    # fp32 sums of 300 products in another order
+    torch.testing.assert_close(found.double(), exact(x, weight, **options), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.usefixtures("_both_ways")
+def test_the_result_goes_where_it_is_told_even_onto_the_residual(device):
+    x, weight, options = make(2, 24, 64, torch.float32, device, norm=False, add=True, gated=False)
+    residual = options["residual"].contiguous()
+    wanted = exact(x, weight, residual=residual)
+    assert linear_decode(x, weight, residual=residual, out=residual) is residual
+    torch.testing.assert_close(residual.double(), wanted, atol=2e-6, rtol=2e-6)  # fp32 sums of 64 products
+
+
+def test_float64_is_the_formula(device):
+    x, weight, options = make(2, 5, 7, torch.float64, device, norm=True, add=True, gated=False)
+    torch.testing.assert_close(linear_decode(x, weight, **options), exact(x, weight, **options))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_graph_can_hold_it(assert_capturable):
+    x, weight, options = make(1, 96, 512, torch.bfloat16, "cuda", norm=True, add=True, gated=False)
+    assert_capturable(lambda: [linear_decode(x, weight, **options)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.ones(0, 4)}, ValueError, r"x must be \(B, K\) with B from 1 to 8; given float32 \(0, 4\)"),
+        ({"x": torch.ones(9, 4)}, ValueError, r"B from 1 to 8; given float32 \(9, 4\)"),
+        ({"x": torch.ones(4)}, ValueError, "x must be"),
+        ({"x": torch.ones(1, 4, dtype=torch.int32)}, TypeError, "x is int32"),
+        ({"weight": torch.ones(6, 5)}, ValueError, r"weight must be \(6, 4\).*given float32 \(6, 5\)"),
+        ({"weight": torch.ones(6, 4).bfloat16()}, ValueError, "weight must be"),
+        ({"weight": torch.ones(4, 6).t()}, ValueError, "elements of a row side by side"),
+        ({"weight": torch.ones(5, 4), "gated": True}, ValueError, "an even number of rows"),
+        ({"norm_weight": torch.ones(5)}, ValueError, r"norm_weight must be \(4,\)"),
+        ({"residual": torch.ones(1, 5)}, ValueError, r"residual must be \(1, 6\)"),
+        ({"out": torch.ones(1, 5)}, ValueError, r"out must be \(1, 6\)"),
+        ({"x": torch.ones(2, 4), "out": torch.ones(2, 12)[:, :6]}, ValueError, "out must be contiguous"),
+        ({"weight": torch.ones(6, 4, requires_grad=True)}, RuntimeError, "has no gradient"),
+    ],
+)
+def test_wrong_arguments(changes, error, message):
+    with pytest.raises(error, match=message):
+        linear_decode(**({"x": torch.ones(1, 4), "weight": torch.ones(6, 4)} | changes))
