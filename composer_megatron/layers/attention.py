@@ -60,8 +60,8 @@ class CoreAttention(MegatronModule, ABC):
             cp_comm_type: How ranks of the context-parallel group exchange keys and values: "all_gather", or "p2p",
                 which is Megatron's default and gives the same result.
             pg_collection: Has the context-parallel group; None for Megatron's own.
-            k_channels: Width of a key's head, where latent attention has another one than a value's.
-            v_channels: Width of a value's head, likewise.
+            k_channels: Width of a key's head, which latent attention gives; unused, as is the next.
+            v_channels: Width of a value's head.
 
         Raises:
             UsageError: If the configuration asks for what this attention cannot do.
@@ -74,8 +74,6 @@ class CoreAttention(MegatronModule, ABC):
             asked = f"attention_type={attention_type!r}, attn_mask_type={attn_mask_type.name}"
             raise UsageError(f"{asked}: this attention is causal self-attention")
         if config.context_parallel_size > 1:
-            if k_channels is not None:
-                raise UsageError("L (latent attention) knows no context parallelism here; use tensor parallelism")
             if cp_comm_type not in (None, "p2p", "all_gather"):
                 raise UsageError(f"cp_comm_type={cp_comm_type!r} is not supported by this attention; use 'all_gather'")
             prepare_context_parallelism()
@@ -130,7 +128,8 @@ class CoreAttention(MegatronModule, ABC):
         if self.cp_group is None:
             return self._batch_first(query, key, value, attention_mask).flatten(-2)
         rank, ranks = self.cp_group.rank(), self.cp_group.size()
-        keys, values = in_order(gather(key, value, self.cp_group), ranks).chunk(2, -1)
+        widths = key.shape[-1], value.shape[-1]
+        keys, values = in_order(gather(key, value, self.cp_group), ranks).split(widths, -1)
         outputs = []
         for chunk, share in zip(query.chunk(2), prefixes(rank, ranks), strict=True):
             seen = round(share * len(keys))
@@ -153,7 +152,8 @@ class CoreAttention(MegatronModule, ABC):
             packing = Packing(queries, keys, packed.max_seqlen_q, packed.max_seqlen_kv)
             return self.attend_to_packed(query, key, value, packing)
         packing, places = packed_prefixes(queries, packed.max_seqlen_q, len(query), self.cp_group.rank(), ranks)
-        keys_seen, values_seen = gather(key, value, self.cp_group).index_select(0, places).chunk(2, -1)
+        seen = gather(key, value, self.cp_group).index_select(0, places)
+        keys_seen, values_seen = seen.split((key.shape[-1], value.shape[-1]), -1)
         return self.attend_to_packed(query, keys_seen, values_seen, packing)
 
     @abstractmethod

@@ -23,6 +23,7 @@ class DeltaNet(GatedDeltaNet):
 
     Attributes:
         uses_kernels: Whether flash-linear-attention computes.
+        widths: Of queries, keys and values on a tensor-parallel rank.
     """
 
     def __init__(self, config: Any, *args: Any, kernels: bool = True, **kwargs: Any) -> None:
@@ -43,10 +44,10 @@ class DeltaNet(GatedDeltaNet):
         if missing_kernels("G"):
             common.HAVE_FLA = True  # what this class does not override needs none of it
         super().__init__(config, *args, **kwargs)
-        widths = [self.qk_dim_local_tp, self.qk_dim_local_tp, self.v_dim_local_tp]
+        self.widths = [self.qk_dim_local_tp, self.qk_dim_local_tp, self.v_dim_local_tp]
         # How a tensor-parallel rank's rows are made up, as Megatron marks them on its Mamba mixer.
         self.in_proj.weight.partition_sizes = list(self.in_proj_split_sections)
-        self.conv1d.weight.partition_sizes = widths
+        self.conv1d.weight.partition_sizes = self.widths
 
     def _setup_variant_attrs(self) -> None:
         super()._setup_variant_attrs()
@@ -80,11 +81,13 @@ class DeltaNet(GatedDeltaNet):
             return super().forward(hidden_states, attention_mask, packed_seq_params=packed_seq_params)
         if packed_seq_params is not None:
             raise UsageError("Gated DeltaNet (G) by PyTorch knows no packed sequences; flash-linear-attention does")
-        if self.cp_size > 1:
-            raise UsageError("Gated DeltaNet (G) by PyTorch knows no context parallelism; flash-linear-attention does")
         projected, _ = self.in_proj(hidden_states)
-        mixed = self._mix(projected.transpose(0, 1), *self._states(inference_context, projected))
-        return self.out_proj(mixed.transpose(0, 1).contiguous())
+        # Under context parallelism a rank then has all tokens of its share of the heads, and later gives them back.
+        sections = list(self.in_proj_split_sections)
+        projected = common.tensor_a2a_cp2hp(projected, 0, -1, self.pg_collection.cp, sections)
+        output, gate = self._mix(projected.transpose(0, 1), *self._states(inference_context, projected))
+        mixed = self._gated_norm_and_a2a(output, gate, None, *output.shape[:2])
+        return self.out_proj(mixed)
 
     def _states(self, context: BaseInferenceContext | None, projected: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What decoding keeps: the convolution's newest inputs (b, width, channels), and the state in fp32 or wider."""
@@ -101,20 +104,24 @@ class DeltaNet(GatedDeltaNet):
         newest, state = kept[self.layer_number]
         return newest, state
 
-    def _mix(self, projected: Tensor, newest: Tensor | None, state: Tensor | None) -> Tensor:
-        """From the projections (b, s, ·) to the gated, normed output (b, s, values); states are updated in place."""
+    def _mix(self, projected: Tensor, newest: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """From the projections (b, s, ·) to what the state gives, and its gate, (b, s, heads, width) both.
+
+        States are brought up to date in place.
+        """
         x, gate, strength, decay = projected.split(self.feat_dim_split, -1)
         before = None if newest is None else newest[:, 1:]
-        mixed = F.silu(causal_convolution(x, self.conv1d.weight.squeeze(1), before=before))
+        mixed = F.silu(causal_convolution(x, self._own(self.conv1d.weight, self.widths).squeeze(1), before=before))
         if newest is not None:
             newest.copy_(torch.cat([newest, x], 1)[:, -newest.shape[1] :])
         wide = torch.promote_types(x.dtype, torch.float32)
-        query, key, value = mixed.to(wide).split(self.conv1d.weight.partition_sizes, -1)
+        query, key, value = mixed.to(wide).split([width // self.cp_size for width in self.widths], -1)
         share = self.num_value_heads // self.num_key_heads
         query, key = (
             unit(part.unflatten(-1, (-1, self.key_head_dim))).repeat_interleave(share, 2) for part in (query, key)
         )
-        log_decay = -self.A_log.to(wide).exp() * F.softplus(decay.to(wide) + self.dt_bias.to(wide))
+        rates, bias = (self._own(each).to(wide) for each in (self.A_log, self.dt_bias))
+        log_decay = -rates.exp() * F.softplus(decay.to(wide) + bias)
         output, after = scan(
             query * self.key_head_dim**-0.5,
             key,
@@ -125,5 +132,9 @@ class DeltaNet(GatedDeltaNet):
         )
         if state is not None:
             state.copy_(after)
-        gate = gate.unflatten(-1, (-1, self.value_head_dim))
-        return self._apply_gated_norm(output.to(x.dtype), gate).view(*x.shape[:2], -1)
+        return output.to(x.dtype), gate.unflatten(-1, (-1, self.value_head_dim))
+
+    def _own(self, parameter: Tensor, widths: list[int] | None = None) -> Tensor:
+        """The part of a parameter that belongs to a context-parallel rank's heads."""
+        own: Tensor = common.get_parameter_local_cp(parameter, 0, self.pg_collection.cp, widths)
+        return own

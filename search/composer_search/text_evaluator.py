@@ -90,10 +90,7 @@ class TextEvaluator(Evaluator):
     def describe(self) -> dict[str, Any]:
         """All settings as JSON values, and a hash of the text instead of where it lies."""
         settings = self.settings
-        trainer = dataclasses.asdict(settings.train)
-        trainer |= trainer.pop("widths") | {"learning_rates": list(settings.train.learning_rates)}
-        for unused in ("patience", "solved", "metric", "device"):
-            del trainer[unused]
+        trainer = settings.train.describe("patience", "solved", "metric", "device")
         source = {key: getattr(settings.source, key) for key in ("seq_len", "n_train", "n_valid", "n_test")}
         text = {"text": self.sample.fingerprint, "vocab_size": self.sample.data.vocab_size}
         matched = {} if settings.weights is None else {"weights": settings.weights}

@@ -13,7 +13,7 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -93,6 +93,12 @@ class TrainSettings:
         if self.weight_decay < 0 or self.min_learning_rate < 0:
             problem = f"weight_decay={self.weight_decay}, min_learning_rate={self.min_learning_rate}"
             raise UsageError(f"{problem}; expected neither below 0")
+
+    def describe(self, *without: str) -> dict[str, Any]:
+        """All fields as JSON values, but for those named; the widths' are among them."""
+        values = dataclasses.asdict(self)
+        values |= values.pop("widths") | {"learning_rates": list(self.learning_rates)}
+        return {name: value for name, value in values.items() if name not in without}
 
     @property
     def weight_dtype(self) -> torch.dtype:

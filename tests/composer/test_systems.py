@@ -113,7 +113,15 @@ def test_the_evidence_is_what_runs(tmp_path):
 @pytest.mark.skipif(cpu.has_gpu(), reason="compares CPU processes")
 def test_layouts_beside_the_tables(tmp_path):
     """Experts spread over ranks; tensor parallelism alone, where it is allowed; both parallelisms; virtual stages."""
-    layouts = {"EMAE": "DP2xEP2", "SM": "TP2", "LM": "TP2", "WSEG": "TP2+SPxPP2", "LEGM": "PP2xVPP2@1,0,2,1"}
+    layouts = {
+        "EMAE": "DP2xEP2",
+        "GWEM": "CP2",
+        "LE": "CP2",
+        "SM": "TP2",
+        "LM": "TP2",
+        "WSEG": "TP2+SPxPP2",
+        "LEGM": "PP2xVPP2@1,0,2,1",
+    }
     cases = [{"sequence": letters, "layout": layout} for letters, layout in layouts.items()]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     done = run_tool("compare_layouts.py", "--cases", tmp_path / "cases.json", "--json", tmp_path / "results.json")

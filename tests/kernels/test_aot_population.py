@@ -18,7 +18,7 @@ def test_attention(length, compile_ahead):
     assert found["spilled_bytes"] == 0
     positions, warps = attention.default_launch(length, backward=True)
     constants = (16, 8, 16, positions, positions >= length, "ieee")
-    types = [*ATTENTION, BF16, BF16, FP32, BF16, *sizes, "fp32"]
+    types = [*ATTENTION, BF16, BF16, FP32, BF16, FP32, *sizes, "fp32"]
     assert compile_ahead(attention._backward_kernel, 90, types, constants, num_warps=warps)["spilled_bytes"] == 0
 
 
@@ -27,7 +27,7 @@ def test_the_others(compile_ahead):
     stream = [FP32, BF16, FP32, I64, FP32, BF16, "i32", "i32:16", "fp32"]
     kernels = (
         (residual._forward_kernel, stream, (128, 128, 32, True, True, True), warps),
-        (residual._backward_kernel, stream, (128, 128, 32, True, True, True, True), warps),
+        (residual._backward_kernel, [*stream[:6], FP32, *stream[6:]], (128, 128, 32, *[True] * 5), warps),
         (adamw._kernel, [FP32] * 5 + ["i32:16", "i32", "fp32"], (0.9, 0.999, adamw.BLOCK), warps),
         (cross_entropy._forward_kernel, [BF16, I64, FP32, FP32, "i32"], (-100, 16, 16, 256), warps),
         (cross_entropy._backward_kernel, [BF16, I64, FP32, FP32, BF16, "i32"], (-100, 16, 16, 256), warps),

@@ -202,6 +202,8 @@ def test_candidates_of_equal_weights_train_at_their_own_widths(monkeypatch):
 def test_too_few_weights_are_refused():
     with pytest.raises(UsageError, match=r"weights=10: too few for 1A1M"):
         matched_widths(CompositeSequence("AM"), Widths(), 10)
+    with pytest.raises(UsageError, match="not for S"):
+        matched_widths(CompositeSequence("AS"), Widths(), 10_000)
 
 
 def test_no_two_evaluations_share_a_training_seed():

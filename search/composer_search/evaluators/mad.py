@@ -52,10 +52,7 @@ class MadEvaluator(Evaluator):
     def describe(self) -> dict[str, Any]:
         """All settings as JSON values. Where data are cached is not among them."""
         settings = self.settings
-        trainer = dataclasses.asdict(settings.train)
-        trainer |= trainer.pop("widths") | {"learning_rates": list(settings.train.learning_rates)}
-        for own in ("steps", "batch_size", "evaluate_every", "device"):
-            del trainer[own]
+        trainer = settings.train.describe("steps", "batch_size", "evaluate_every", "device")
         if settings.weight_decays:
             trainer = {name: value for name, value in trainer.items() if name != "weight_decay"}
             trainer["weight_decays"] = list(settings.weight_decays)

@@ -169,8 +169,10 @@ def matched_widths(sequence: CompositeSequence, widths: Widths, weights: int) ->
     of heads decides.
 
     Raises:
-        UsageError: If the weights are too few for one head.
+        UsageError: If the weights are too few for one head, or the sequence holds another primitive.
     """
+    if foreign := set(sequence) - set("AM"):
+        raise UsageError(f"{sequence}: equal weights are known for attention and MLPs alone, not for {min(foreign)}")
     attention, mlp = sequence.count("A"), sequence.count("M")
     head, ratio = widths.hidden_size // widths.num_heads, widths.ffn_hidden_size / widths.hidden_size
     ideal = math.sqrt(weights / (4 * attention + 3 * ratio * mlp)) / head if weights > 0 else 0.0

@@ -167,10 +167,12 @@ def _weights(
 
 @triton.jit
 def _store(
-    out_ptr: tl.tensor, x: tl.tensor, position: tl.tensor, length: tl.tensor,
+    out_ptr: tl.tensor, sum_ptr: tl.tensor, x: tl.tensor, position: tl.tensor, length: tl.tensor,
     PART: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
 ) -> None:  # fmt: skip
+    """Write a part of the gradient, and its sum over these positions, of which those beyond the end are 0."""
     channel = tl.arange(0, WIDE)
+    tl.store(sum_ptr + PART * HEADS * WIDTH + channel, tl.sum(x, 0), mask=channel < WIDTH)
     mask = (position < length)[:, None] & (channel < WIDTH)[None, :]
     offset = position[:, None] * (3 * HEADS * WIDTH) + PART * HEADS * WIDTH + channel[None, :]
     tl.store(out_ptr + offset, x.to(out_ptr.dtype.element_ty), mask=mask)
@@ -179,8 +181,8 @@ def _store(
 @triton.jit
 def _backward_kernel(
     joint_ptr: tl.tensor, bias_ptr: tl.tensor, cosine_ptr: tl.tensor, sine_ptr: tl.tensor, mixed_ptr: tl.tensor,
-    dmixed_ptr: tl.tensor, sums_ptr: tl.tensor, djoint_ptr: tl.tensor, length: tl.tensor, per_row: tl.tensor,
-    scale: tl.tensor, root: tl.tensor,
+    dmixed_ptr: tl.tensor, sums_ptr: tl.tensor, djoint_ptr: tl.tensor, dbias_ptr: tl.tensor, length: tl.tensor,
+    per_row: tl.tensor, scale: tl.tensor, root: tl.tensor,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -189,6 +191,7 @@ def _backward_kernel(
     joint_ptr += sequence * length * (3 * HEADS * WIDTH) + head * WIDTH
     djoint_ptr += sequence * length * (3 * HEADS * WIDTH) + head * WIDTH
     bias_ptr += (sequence // per_row) * (3 * HEADS * WIDTH) + head * WIDTH
+    dbias_ptr += (sequence * tl.num_programs(1) + tl.program_id(1)) * (3 * HEADS * WIDTH) + head * WIDTH
     mixed_ptr += sequence * length * (HEADS * WIDTH) + head * WIDTH
     dmixed_ptr += sequence * length * (HEADS * WIDTH) + head * WIDTH
     sums_ptr += sequence * length * HEADS + head
@@ -219,9 +222,11 @@ def _backward_kernel(
             p, ds = _weights(q, k, v, dmixed, delta, sums, here, key, scale, PRECISION)
             dq += tl.dot(ds, k, input_precision=PRECISION)
     cosine, sine = _angles(cosine_ptr, sine_ptr, here, length, WIDTH, WIDE)
-    _store(djoint_ptr, _turn(dq * root, cosine, -sine, BLOCK, WIDE), here, length, 0, HEADS, WIDTH, WIDE)
-    _store(djoint_ptr, _turn(dk * root, cosine, -sine, BLOCK, WIDE), here, length, 1, HEADS, WIDTH, WIDE)
-    _store(djoint_ptr, dv, here, length, 2, HEADS, WIDTH, WIDE)
+    dq = _turn(dq * root, cosine, -sine, BLOCK, WIDE)
+    dk = _turn(dk * root, cosine, -sine, BLOCK, WIDE)
+    _store(djoint_ptr, dbias_ptr, dq, here, length, 0, HEADS, WIDTH, WIDE)
+    _store(djoint_ptr, dbias_ptr, dk, here, length, 1, HEADS, WIDTH, WIDE)
+    _store(djoint_ptr, dbias_ptr, dv, here, length, 2, HEADS, WIDTH, WIDE)
 
 
 def tables(turns: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,20 +270,21 @@ def launch_forward(
 def launch_backward(
     joint: Tensor, bias: Tensor, cosine: Tensor, sine: Tensor, mixed: Tensor, dmixed: Tensor, sums: Tensor,
     precision: str, launch: Launch | None = None,
-) -> Tensor:  # fmt: skip
-    """The gradient of the joint projection."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of the joint projection and of its bias."""
     length, width = cosine.shape
     rows, tokens, heads = sums.shape
     positions, warps = launch or default_launch(length, backward=True)
     djoint = torch.empty_like(joint)
     blocks = triton.cdiv(length, positions)
+    dbias = torch.empty(rows, tokens // length * blocks, joint.shape[2], dtype=torch.float32, device=joint.device)
     _backward_kernel[rows * tokens // length * heads, blocks](
-        joint, bias, cosine, sine, mixed, dmixed.contiguous(), sums, djoint, length, tokens // length,
+        joint, bias, cosine, sine, mixed, dmixed.contiguous(), sums, djoint, dbias, length, tokens // length,
         width**-0.5 * _LOG2E, width**-0.5,
         HEADS=heads, WIDTH=width, WIDE=max(16, triton.next_power_of_2(width)), BLOCK=positions, WHOLE=blocks == 1,
         PRECISION=precision, num_warps=warps,
     )  # fmt: skip
-    return djoint
+    return djoint, dbias.sum(1)
 
 
 class _Attention(torch.autograd.Function):
@@ -296,8 +302,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         joint, bias, cosine, sine, mixed, sums = ctx.saved_tensors
-        djoint = launch_backward(joint, bias, cosine, sine, mixed, grads[0], sums, ctx.precision)
-        return djoint, djoint.sum(1, dtype=bias.dtype), None, None, None, None
+        gradients = launch_backward(joint, bias, cosine, sine, mixed, grads[0], sums, ctx.precision)
+        return *gradients, None, None, None, None
 
 
 def rotary_attention(

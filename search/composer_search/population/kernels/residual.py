@@ -55,9 +55,9 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["first"])
 def _backward_kernel(
     dy_ptr: tl.tensor, dh_ptr: tl.tensor, y_ptr: tl.tensor, back_ptr: tl.tensor, dx_ptr: tl.tensor, dout_ptr: tl.tensor,
-    first: tl.tensor, tokens: tl.tensor, eps: tl.tensor,
+    dbias_ptr: tl.tensor, first: tl.tensor, tokens: tl.tensor, eps: tl.tensor,
     HIDDEN: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-    MOVE: tl.constexpr, ADD: tl.constexpr, DY: tl.constexpr, DH: tl.constexpr,
+    MOVE: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, DY: tl.constexpr, DH: tl.constexpr,
 ) -> None:  # fmt: skip
     member = tl.program_id(1).to(tl.int64)
     source = first + member
@@ -80,6 +80,9 @@ def _backward_kernel(
     if ADD:
         dout = dx.to(dout_ptr.dtype.element_ty)
         tl.store(dout_ptr + member * tokens * HIDDEN + offset, dout, mask=mask)
+    if BIAS:
+        place = (member * tl.num_programs(0) + tl.program_id(0)) * HIDDEN + channel
+        tl.store(dbias_ptr + place, tl.sum(dx, 0), mask=channel < HIDDEN)
 
 
 class _Residual(torch.autograd.Function):
@@ -111,15 +114,17 @@ class _Residual(torch.autograd.Function):
         dy, dh = (None if grad is None else grad.contiguous() for grad in grads)
         dx = torch.empty_like(y)
         douts = [y.new_empty(size, *y.shape[1:], dtype=ctx.dtype) for _, size in ctx.groups[: len(ctx.biased)]]
-        for (first, size), dout in itertools.zip_longest(ctx.groups, douts):
+        dbiases = []
+        for (first, size), dout, has in itertools.zip_longest(ctx.groups, douts, ctx.biased):
             grid, shape = _grid(y, size)
+            dbiases += [y.new_empty(size, grid[0], y.shape[2])] if has else []
             _backward_kernel[grid](
                 y if dy is None else dy, y if dh is None else dh, y, y if back is None else back, dx,
-                dx if dout is None else dout, first, y.shape[1], ctx.eps,
-                **shape, MOVE=back is not None, ADD=dout is not None, DY=dy is not None, DH=dh is not None, num_warps=4,
+                dx if dout is None else dout, dbiases[-1] if has else dx, first, y.shape[1], ctx.eps,
+                **shape, MOVE=back is not None, ADD=dout is not None, BIAS=bool(has), DY=dy is not None,
+                DH=dh is not None, num_warps=4,
             )  # fmt: skip
-        dbiases = [dout.sum(1, dtype=y.dtype) for dout, has in zip(douts, ctx.biased, strict=True) if has]
-        return dx, None, None, None, None, *douts, *dbiases
+        return dx, None, None, None, None, *douts, *(each.sum(1) for each in dbiases)
 
 
 def _groups(sizes: Sequence[int], rows: int) -> Iterator[tuple[int, int]]:
