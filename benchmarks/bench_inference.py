@@ -15,6 +15,7 @@ import argparse
 import gc
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from timing import copy_bandwidth
 from composer_kernels.linear_decode import MOST_ROWS
 from composer_megatron.architecture import Architecture
 from composer_megatron.env import environment
+from composer_megatron.errors import ComposerError
 from composer_megatron.files import write_json
 from composer_megatron.inference.cache import make_cache
 from composer_megatron.inference.engine import Admission, Engine
@@ -317,4 +319,8 @@ def compare(row: Row, llama: Row | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ComposerError as error:
+        print(f"bench_inference: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -312,4 +312,5 @@ if __name__ == "__main__":
     try:
         run(parse())
     except ComposerError as error:
-        sys.exit(f"bench_training: {error}")
+        print(f"bench_training: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

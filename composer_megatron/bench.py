@@ -66,26 +66,44 @@ class TrainingBenchmark:
 def run_training(
     benchmark: TrainingBenchmark, output: Path, folder: Path = ROOT / "benchmarks", *, aside: bool = False
 ) -> None:
-    """Run the script, which prints rows as they come and writes them to `output`; logs go beside it.
+    """Run the training benchmark; logs go beside its results.
 
     Args:
         benchmark: What to compare.
         output: The JSON file.
         folder: Where the script is.
+        aside: As for `run_script`.
+
+    Raises:
+        ComposerError: As `run_script`.
+    """
+    arguments = ["--logs", str(output.parent / "logs"), *benchmark.arguments()]
+    run_script(folder / "bench_training.py", arguments, output, aside=aside)
+
+
+def run_script(script: Path, arguments: Sequence[str], output: Path, *, aside: bool = False) -> None:
+    """Run a script of the checkout, which prints rows as they come and writes them to `output`.
+
+    Args:
+        script: The script.
+        arguments: Its options, but for ``--output``.
+        output: The JSON file.
         aside: Whether the rows go to standard error, where programs read standard output.
 
     Raises:
         ComposerError: If there is no such script, as in an installation without the checkout, or it fails.
+        SystemExit: With the status of a wrong option, which the script has named.
     """
-    script = folder / "bench_training.py"
     if not script.is_file():
-        raise ComposerError(f"no {script}: the training benchmark comes with a checkout of the source, run it there")
-    logs = ["--logs", str(output.parent / "logs")]
-    command = [sys.executable, str(script), "--output", str(output), *logs, *benchmark.arguments()]
+        raise ComposerError(f"no {script}: benchmarks come with a checkout of the source, run them there")
+    command = [sys.executable, str(script), "--output", str(output), *arguments]
     rows = sys.stderr if aside else None
-    status = subprocess.run(command, env=script_environment(folder.parent), stdout=rows, check=False).returncode
+    status = subprocess.run(command, env=script_environment(script.parents[1]), stdout=rows, check=False).returncode
+    if status == UsageError.exit_code:
+        raise SystemExit(status)
     if status:
-        raise ComposerError(f"the training benchmark ended with status {status}; what it measured is in {output}")
+        kept = f"; what it measured is in {output}" if output.is_file() else ""
+        raise ComposerError(f"{script.name} ended with status {status}{kept}")
 
 
 def script_environment(root: Path = ROOT) -> dict[str, str]:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from composer_megatron.checkpoint import TRACKER
 from composer_megatron.conversion import Progress, Source, check_absent, silent, write_run
 from composer_megatron.errors import FileError
 from composer_megatron.files import read_json
 from composer_megatron.import_composite import MODEL_TYPE, open_composite
-from composer_megatron.import_gpt import TRACKER, open_gpt
+from composer_megatron.import_gpt import open_gpt
 from composer_megatron.import_llama import open_llama
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.surgery import graft

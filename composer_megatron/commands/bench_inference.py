@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 from composer_megatron.display import console, print_json
-from composer_megatron.errors import ComposerError, UsageError
+from composer_megatron.errors import UsageError
 from composer_megatron.files import read_json
 
 
@@ -32,7 +30,7 @@ def bench_inference(
         output: The JSON file; by default runs/bench/DEVICE/inference.json.
         json: Print one JSON object for programs at the end.
     """
-    from composer_megatron.bench import ROOT, script_environment
+    from composer_megatron.bench import ROOT, run_script
     from composer_megatron.env import device_name
 
     for name, values in (("batches", batches), ("contexts", contexts)):
@@ -40,16 +38,10 @@ def bench_inference(
             if value < 1:
                 raise UsageError(f"{name}={value}; expected at least 1")
     output = output or Path("runs/bench") / device_name() / "inference.json"
-    script = ROOT / "benchmarks" / "bench_inference.py"
-    if not script.is_file():
-        raise ComposerError(f"no {script}: the inference benchmark comes with a checkout of the source, run it there")
-    command = [sys.executable, str(script), "--output", str(output), *(["--quick"] if quick else [])]
+    arguments = ["--quick"] if quick else []
     for option, given in (("shapes", shapes), ("models", models), ("batches", batches), ("contexts", contexts)):
-        command += [f"--{option}", *map(str, given)] if given else []
-    rows = sys.stderr if json else None
-    status = subprocess.run(command, env=script_environment(), stdout=rows, check=False).returncode
-    if status:
-        raise ComposerError(f"the inference benchmark ended with status {status}; what it measured is in {output}")
+        arguments += [f"--{option}", *map(str, given)] if given else []
+    run_script(ROOT / "benchmarks" / "bench_inference.py", arguments, output, aside=json)
     if json:
         print_json(read_json(output, "an inference result"))
     else:

@@ -35,7 +35,7 @@ class Packing:
 
 
 def gather(key: Tensor, value: Tensor, group: ProcessGroup) -> Tensor:
-    """Keys (s / n, …, d) and values (s / n, …, e) of all ranks, rank after rank, to (s, …, d + e), in one collective."""
+    """Keys (s / n, …, d) and values (s / n, …, e) of all ranks, in turn, to (s, …, d + e), in one collective."""
     return gather_from_sequence_parallel_region(torch.cat((key, value), -1), group=group)
 
 

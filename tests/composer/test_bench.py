@@ -14,7 +14,7 @@ from pathlib import Path
 import composer_megatron
 output = Path(sys.argv[sys.argv.index("--output") + 1])
 output.write_text(json.dumps(sys.argv[1:]))
-sys.exit(3 if "broken" in sys.argv else 0)
+sys.exit(3 if "broken" in sys.argv else 2 if "unknown" in sys.argv else 0)
 """
 
 
@@ -41,6 +41,9 @@ def test_a_script_that_fails_or_is_missing(folder: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     with pytest.raises(ComposerError, match="status 3"):
         run_training(TrainingBenchmark(models=("broken",)), tmp_path / "out.json", folder)
+    with pytest.raises(SystemExit) as ended:  # the script has said what was wrong
+        run_training(TrainingBenchmark(models=("unknown",)), tmp_path / "out.json", folder)
+    assert ended.value.code == 2
     with pytest.raises(ComposerError, match="checkout"):
         run_training(TrainingBenchmark(), tmp_path / "out.json", tmp_path / "nowhere")
 

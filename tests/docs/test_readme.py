@@ -67,10 +67,16 @@ def test_make_targets_exist(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-def test_pattern_for_your_own_pipeline() -> None:
-    (line,) = re.findall(r'--hybrid-layer-pattern="\$\((.*)\)"', README)
-    done = shell(line, ROOT)
-    assert done.stdout.strip() == "**----", done.stderr
+def test_flags_for_your_own_pipeline(tmp_path: Path) -> None:
+    (line,) = (command for command in COMMANDS if command.startswith("composer-megatron flags"))
+    architecture = "composer-megatron extrapolate 2A4M --shape tiny --match parameters --output runs/composite.json"
+    done = shell(f"{architecture} > /dev/null && {line}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (written,) = tmp_path.glob("runs/*.flags")
+    assert f"$(cat {written.relative_to(tmp_path)})" in README
+    found = written.read_text()
+    assert re.search(r"--hybrid-layer-pattern=[*|-]+", found).group().replace("|", "").endswith("=**----")
+    assert "--spec composer_megatron.specs composite_stack_spec" in found
 
 
 @pytest.mark.parametrize("block", blocks(README, "python"))

@@ -109,11 +109,6 @@ class Study:
         return isinstance(strategy, dict) and strategy.get("name") in ("end", "middle")
 
     @property
-    def objective(self) -> str:
-        """What was maximised, in the words of whoever asked for it."""
-        return str(self.settings.get("objective", "accuracy"))
-
-    @property
     def candidates(self) -> int | None:
         """How many sequences the searched space holds, where the settings tell it."""
         space = self.settings.get("space")

@@ -42,12 +42,17 @@ def search(study: Study) -> Markup | Missing:
     return phrase(chart, element("h3", "Every trial, best first"), _trials_table(study), errors)
 
 
+def _objective(study: Study) -> str:
+    """What was maximised, in the words of whoever asked for it."""
+    return str(study.settings.get("objective", "accuracy"))
+
+
 def _ranking(study: Study) -> Iterator[Markup]:
     """By what the trials are ranked, where that is not the score alone."""
     goals = study.scored[0][0].goals
     if not goals:
         return
-    yield phrase("Ranked by the objective ", element("code", study.objective))
+    yield phrase("Ranked by the objective ", element("code", _objective(study)))
     yield phrase(f", of whose {len(goals)} goals the first counts; " if len(goals) > 1 else ": ", "the best trial, ")
     yield phrase(sequence_text(study.scored[0][0].sequence.notation), ", has the value ", decimal(goals[0], 4), ". ")
 
@@ -75,7 +80,7 @@ def _trials_table(study: Study) -> Markup:
     goals = len(study.scored[0][0].goals)
     columns = [Column("Trial", numeric=True), Column("Sequence")]
     names = ["Value"] if goals == 1 else [f"Goal {number}" for number in range(1, goals + 1)]
-    columns += [Column(name, True, f"of the objective {study.objective}") for name in names]
+    columns += [Column(name, True, f"of the objective {_objective(study)}") for name in names]
     columns += [Column("Score", True, "mean task accuracy, validation")]
     columns += [Column("±", True, "standard deviation over seeds"), Column("Test", True, "mean task accuracy, test")]
     columns += [*(Column(task, numeric=True) for task in tasks), Column("Proposer"), Column("Seconds", numeric=True)]

@@ -244,10 +244,14 @@ class Launch(NamedTuple):
 
 
 def default_launch(length: int, *, backward: bool) -> Launch:
-    """The whole sequence a program where its registers hold that, else 64 positions."""
+    """The whole of a short sequence; of a longer one so much that several programs share a multiprocessor.
+
+    As compiled for an H100; backward, tiles of 64 positions and more leave room for two programs and fewer.
+    """
     whole = max(16, triton.next_power_of_2(length))
-    positions = min(whole, 128 if backward and whole <= 128 else 64)
-    return Launch(positions, {16: 1, 32: 1, 64: 4}.get(positions, 8))
+    if backward:
+        return Launch(min(whole, 32), 1 if whole <= 32 else 2)
+    return Launch(min(whole, 64), 1 if whole <= 32 else 4)
 
 
 def launch_forward(
