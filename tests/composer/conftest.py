@@ -194,7 +194,9 @@ class Place:
         job = {"argv": self.arguments(name, *flags), "processes": processes, "output": str(output), "fault": fault}
         print(json.dumps(job), file=self.server.stdin, flush=True)
         statuses = json.loads(self.server.stdout.readline())
-        return Run(next(filter(None, statuses), 0), output.read_text(errors="replace"), self.path / name)
+        # the last rank has the fault; another one may end as soon, because it misses it
+        status = statuses[-1] if fault else next(filter(None, statuses), 0)
+        return Run(status, output.read_text(errors="replace"), self.path / name)
 
     def torchrun(self, name: str, *flags: str, processes: int, fault: str = "") -> Run:
         """Run to the end as a user would, or with a fault in the last rank."""

@@ -125,7 +125,7 @@ def test_the_display_is_a_bar_on_a_terminal_and_lines_elsewhere(script: ModuleTy
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     """Sent to all processes at once while two of them start or encode, as a terminal does."""
-    (tmp_path / "big.txt").write_text("".join(f"{index} words {index * index} more\n" for index in range(130_000)))
+    (tmp_path / "big.txt").write_text("".join(f"{index} words {index * index} more\n" for index in range(600_000)))
     command = [sys.executable, str(SCRIPT), "--text", "big.txt", "--output", "out/text", "--workers", "2"]
     command += ["--vocab-size", "257"]
     with subprocess.Popen(
@@ -137,7 +137,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
             line = process.stderr.readline()
             assert line, f"ended before it encoded: {seen}"
             seen += line
-        time.sleep(0.2)
+        time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)
         seen += process.stderr.read()
         assert process.wait() == 130
