@@ -210,6 +210,8 @@ def architecture_flags(architecture: Architecture, pattern: str) -> Flags:
         "--rotary-base": shape.rope_theta,
         "--init-method-std": shape.init_std,
     } | ({} if shape.tied_embeddings else {"--untie-embeddings-and-output-weights": None})
+    if shape.rope_scaling_factor != 1:
+        flags |= {"--use-rope-scaling": None, "--rope-scaling-factor": shape.rope_scaling_factor}
     if "--multi-latent-attention" in own:
         own["--no-rope-fusion"] = None  # Megatron fuses it for another rotary embedding alone
         for name in ("--group-query-attention", "--num-query-groups"):

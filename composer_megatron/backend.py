@@ -107,6 +107,10 @@ class Backend:
         """Whether the projections can compute in fp8 and fp4, which TransformerEngine's do."""
         return self.linear.says == _TE
 
+    def attends_by_itself(self) -> bool:
+        """Whether attention is ours (`composer_megatron.layers.attention`), not TransformerEngine's."""
+        return self.attention.says != _TE
+
     def report(self, shape: Shape, dtype: torch.dtype) -> str:
         """Who plays what in training a model of that shape, in one line.
 

@@ -85,7 +85,13 @@ def model_fields(architecture: Architecture, backend: str | None) -> dict[str, A
         "position_embedding_type": "rope",
         "rotary_base": shape.rope_theta,
         "rotary_percent": 1.0,
+        **_rope_scaling(shape.rope_scaling_factor),
     } | architecture_fields(architecture)
+
+
+def _rope_scaling(factor: float) -> dict[str, Any]:
+    """In the words of `GPTModelProvider`; a provider without these fields is refused, for it cannot scale."""
+    return {} if factor == 1 else {"rope_scaling": True, "rope_scaling_factor": factor}
 
 
 def _defaults(architecture: Architecture, backend: str | None) -> dict[str, Any]:

@@ -19,10 +19,12 @@ class CompositeModelConfig(HybridModelConfig):
 
     Attributes:
         loss: See `CompositeModel`.
+        rope_scaling_factor: See `CompositeModel`.
     """
 
     builder: ClassVar[str] = "composer_megatron.builder.CompositeModelBuilder"
     loss: Loss = "megatron"
+    rope_scaling_factor: float = 1.0
 
 
 class CompositeModelBuilder(HybridModelBuilder):
@@ -49,6 +51,7 @@ class CompositeModelBuilder(HybridModelBuilder):
             vocab_size = calculate_padded_vocab_size(vocab_size, multiple, ranks)
         return CompositeModel(
             loss=config.loss,
+            rope_scaling_factor=config.rope_scaling_factor,
             config=config.transformer,
             hybrid_stack_spec=config.hybrid_stack_spec,
             vocab_size=vocab_size,

@@ -314,9 +314,9 @@ def _check_settings(found: Checkpoint, architecture: Architecture, training: Map
         "rotary_base": shape.rope_theta,
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
-        "use_rope_scaling": False,
+        "use_rope_scaling": shape.rope_scaling_factor != 1,
         "layernorm_epsilon": shape.norm_epsilon,
-    }
+    } | ({} if shape.rope_scaling_factor == 1 else {"rope_scaling_factor": shape.rope_scaling_factor})
     flags = {name: training[name] for name in expected if name in training}
     if isinstance(flags.get("hybrid_layer_pattern"), str):
         flags["hybrid_layer_pattern"] = flags["hybrid_layer_pattern"].replace(STAGE_SEPARATOR, "")

@@ -134,14 +134,16 @@ def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Lo
         rows = len(whole["tokens"])
         sources = None if model.training else whole.pop("dataset_id", None)
         whole.pop("dataset_id", None)
+        context = parallel_state.get_context_parallel_group()  # without it, the group would be all ranks
+        apart = context.size() > 1  # its ranks cut every row, wherever documents end
         if "cu_seqlens" in whole:
-            documents = join_rows(whole)
+            documents = take_documents(whole) if apart else join_rows(whole)
         device = torch.cuda.current_device()
         whole = {name: tensor.to(device, non_blocking=True) for name, tensor in whole.items()}
-        context = parallel_state.get_context_parallel_group()  # without it, the group would be all ranks
         batch = get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=context)
     timers("batch-generator").stop()
-    run = model if documents is None or rows == 1 else functools.partial(_run_joined, model, rows)
+    joined = rows > 1 and documents is not None and documents.qkv_format == "thd"
+    run = functools.partial(_run_joined, model, rows) if joined else model
     output = run(
         batch.get("tokens"),
         batch.get("position_ids"),
@@ -167,16 +169,36 @@ def join_rows(batch: Batch) -> PackedSeqParams:
     Returns:
         The boundaries of all documents, from 0 to b · s. A row's end is one of them.
     """
+    ends = _ends(batch)
+    longest = int(ends.diff().max())
+    for name, tensor in batch.items():
+        batch[name] = tensor.reshape(1, -1)
+    return _packed("thd", ends, longest)
+
+
+def take_documents(batch: Batch) -> PackedSeqParams:
+    """Say where the documents in a batch end, whose rows stay apart, for `CoreAttention` under context parallelism.
+
+    Positions run through a row: only their differences matter to rotary embeddings.
+
+    Args:
+        batch: As for `join_rows`, without the change of shapes.
+    """
+    ends = _ends(batch)
+    return _packed("bshd", ends, batch["tokens"].shape[1])
+
+
+def _ends(batch: Batch) -> Tensor:
     boundaries = batch.pop("cu_seqlens").long()
     del batch["max_seqlen"]
     rows, length = batch["tokens"].shape
-    ends = (boundaries + length * torch.arange(rows)[:, None]).unique()
-    longest = int(ends.diff().max())
-    for name, tensor in batch.items():
-        batch[name] = tensor.reshape(1, rows * length)
+    return (boundaries + length * torch.arange(rows)[:, None]).unique()
+
+
+def _packed(form: str, ends: Tensor, longest: int) -> PackedSeqParams:
     ends = ends.int().to(torch.cuda.current_device())
     return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+        qkv_format=form, cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
     )
 
 

@@ -96,8 +96,16 @@ _MASKABLE = {"document_masks": "AWME", "reset_attention_mask": "AWMEL"}
 """The blocks that keep to documents, by the kind of mask; the state of others runs on from one into the next."""
 
 
-def document_flags(given: Mapping[str, Any], architecture: Architecture, *, document_masks: bool) -> Flags:
+def document_flags(
+    given: Mapping[str, Any], architecture: Architecture, *, document_masks: bool, own_attention: bool = True
+) -> Flags:
     """The flags for document masks: documents are packed sequences to attention, and the loss leaves out their ends.
+
+    Args:
+        given: The flags that the user gave, by Megatron's names.
+        architecture: What is to be trained.
+        document_masks: Whether our flag asks for them.
+        own_attention: Whether `composer_megatron.layers.attention.CoreAttention` attends.
 
     Raises:
         UsageError: If masks are asked for, by our flag or Megatron's, that something else does not know.
@@ -109,11 +117,11 @@ def document_flags(given: Mapping[str, Any], architecture: Architecture, *, docu
     flag = "--document-masks" if packed else "--reset-attention-mask"
     if packed and in_memory:
         raise UsageError("--document-masks and --reset-attention-mask mean the same in two ways; leave out the second")
-    if given.get("context_parallel_size", 1) > 1:
-        problem = (
-            f"{flag} does not go with --context-parallel-size: its ranks cut sequences without a look at documents"
-        )
-        raise UsageError(f"{problem}; leave out one of the two")
+    if given.get("context_parallel_size", 1) > 1 and in_memory:
+        raise UsageError(f"{flag} does not go with --context-parallel-size; use --document-masks, which does")
+    if given.get("context_parallel_size", 1) > 1 and not own_attention:
+        problem = f"{flag} goes with --context-parallel-size on our attention alone"
+        raise UsageError(f"{problem}: use --backend composer or local, or --backend-part attention=composer")
     known = _MASKABLE["document_masks" if packed else "reset_attention_mask"]
     other = next((letter for letter in architecture.sequence.letters if letter not in known), None)
     if other is not None:

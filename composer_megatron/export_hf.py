@@ -18,6 +18,7 @@ from composer_megatron.checkpoint import find_checkpoint, open_run
 from composer_megatron.conversion import Progress, check_absent, check_space, copy_tokenizer, ended_by_sigterm, silent
 from composer_megatron.errors import UsageError
 from composer_megatron.files import new_folder, write_json, write_text
+from composer_megatron.hf_config import rope_scaling_fields
 from composer_megatron.hf_names import Part, composite_parts
 from composer_megatron.hf_write import Piece, write_safetensors
 from composer_megatron.primitives import PRIMITIVES
@@ -127,6 +128,7 @@ def hf_config(run: StoredRun, dtype: torch.dtype) -> dict[str, Any]:
         "head_dim": shape.head_dim,
         "max_position_embeddings": run.sequence_length,
         "rope_theta": shape.rope_theta,
+        **rope_scaling_fields(shape.rope_scaling_factor),
         "rms_norm_eps": shape.norm_epsilon,
         "initializer_range": shape.init_std,
         "tie_word_embeddings": shape.tied_embeddings,

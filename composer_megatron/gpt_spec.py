@@ -50,7 +50,11 @@ def gpt_spec(model_config: Any, vp_stage: int | None = None) -> TransformerBlock
     if not path:
         problem = f"the environment variable {ARCHITECTURE_VARIABLE} is not set"
         raise UsageError(f"{problem}; set it to an architecture file: {ARCHITECTURE_VARIABLE}=architecture.json")
-    return block_spec(Architecture.load(Path(path)), model_config, vp_stage)
+    architecture = Architecture.load(Path(path))
+    if architecture.shape.rope_scaling_factor != 1:
+        # Megatron's scripts hand --use-rope-scaling on to the model, and leave its factor at 8.
+        model_config.rope_scaling_factor = architecture.shape.rope_scaling_factor
+    return block_spec(architecture, model_config, vp_stage)
 
 
 def block_spec(
@@ -74,6 +78,8 @@ def block_spec(
     """
     if "S" in architecture.sequence.letters:
         raise UsageError("Mamba-2 (S) has no place in Megatron's GPTModel; use pretrain_hybrid.py and its HybridModel")
+    if "L" in architecture.sequence.letters and architecture.shape.rope_scaling_factor != 1:
+        raise UsageError("latent attention (L) in Megatron's GPTModel has no rope scaling; use composer_megatron.train")
     config: TransformerConfig = getattr(model_config, "transformer", model_config)
     _check(architecture, model_config, config)
     parts = get_backend(backend)
@@ -168,7 +174,9 @@ def _model_settings(architecture: Architecture, model_config: Any) -> Iterator[_
     yield _Setting("--position-embedding-type", model_config.position_embedding_type, "rope")
     yield _Setting("--rotary-base", model_config.rotary_base, shape.rope_theta)
     yield _Setting("--rotary-percent", model_config.rotary_percent, 1.0)
-    yield _Setting("--use-rope-scaling", model_config.rope_scaling, False)
+    yield _Setting("--use-rope-scaling", model_config.rope_scaling, shape.rope_scaling_factor != 1)
+    if shape.rope_scaling_factor != 1:
+        yield _Setting("--rope-scaling-factor", model_config.rope_scaling_factor, shape.rope_scaling_factor)
     yield _Setting("--rotary-seq-len-interpolation-factor", model_config.seq_len_interpolation_factor, None)
     yield _Setting("--untie-embeddings-and-output-weights (tied)", tied, shape.tied_embeddings)
     yield _Setting("--padded-vocab-size", _vocabulary_rows(model_config), shape.vocab_size)

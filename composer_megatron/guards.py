@@ -48,8 +48,8 @@ _NOT_IN_A_COMPOSITE = {
     "attention_output_gate": "attention blocks have no gate",
     "qk_layernorm": "queries and keys are not normalised",
     "add_qkv_bias": "blocks have no biases",
-    "use_rope_scaling": "the shape's rope_theta is all that rotary embeddings have",
-    "rotary_seq_len_interpolation_factor": "the shape's rope_theta is all that rotary embeddings have",
+    "use_rope_scaling": "give its shape a rope_scaling_factor instead",
+    "rotary_seq_len_interpolation_factor": "rotary embeddings are scaled by the shape's rope_scaling_factor alone",
     "activation_func_clamp_value": "MLP blocks are SwiGLU",
     "glu_linear_offset": "MLP blocks are SwiGLU",
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from composer_megatron.errors import FileError
+from composer_megatron.rotary import LLAMA3
 
 
 def shape_fields(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
@@ -30,6 +32,7 @@ def shape_fields(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
         "vocab_size": number(config, "vocab_size", where),
         "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
         "rope_theta": _rope_theta(config, where),
+        "rope_scaling_factor": _rope_scaling_factor(config, where),
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
         "init_std": config.get("initializer_range", 0.02),
     }
@@ -54,6 +57,20 @@ def rope_scaling(config: Mapping[str, Any]) -> str | None:
     return None if kind == "default" else str(kind)
 
 
+def without_rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with a plain rotary embedding of the same base."""
+    plain = {name: value for name, value in _rope(config).items() if name in ("rope_theta", "partial_rotary_factor")}
+    return {**config, "rope_parameters": plain, "rope_scaling": None}
+
+
+def rope_scaling_fields(factor: float) -> dict[str, Any]:
+    """What a configuration says of the scaling, beside its ``rope_theta``; nothing where there is none.
+
+    In the words of transformers 4, which 5 reads, too, and turns into its own ``rope_parameters``.
+    """
+    return {} if factor == 1 else {"rope_scaling": {"rope_type": "llama3", "factor": factor, **LLAMA3}}
+
+
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a configuration says of the rotary embedding; transformers 4 and 5 write it in different places."""
     rope = config.get("rope_parameters") or config.get("rope_scaling")
@@ -70,3 +87,22 @@ def _rope_theta(config: Mapping[str, Any], where: Path) -> int:
     if not isinstance(theta, int | float) or theta != int(theta):
         raise FileError(f"{where}: rope_theta={theta!r}; expected a whole number")
     return int(theta)
+
+
+def _rope_scaling_factor(config: Mapping[str, Any], where: Path) -> float:
+    """The factor of a scaling by Llama 3's rule; 1 for none."""
+    kind, rope = rope_scaling(config), _rope(config)
+    if kind is None:
+        return 1.0
+    without = "a Llama is taken without its scaling by --drop-rope-scaling, to be trained further"
+    if kind != "llama3":
+        problem = f"rotary embedding of type {kind!r} (rope_scaling); only 'llama3' can be imported exactly"
+        raise FileError(f"{where}: {problem}; {without}")
+    for name, wanted in LLAMA3.items():
+        if rope.get(name) != wanted:
+            problem = f"{name}={rope.get(name)!r} (rope_scaling); only {wanted!r} can be imported exactly"
+            raise FileError(f"{where}: {problem}; {without}")
+    factor = rope.get("factor")
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or not 1 <= factor < math.inf:
+        raise FileError(f"{where}: factor={factor!r} (rope_scaling); expected a number of at least 1")
+    return float(factor)

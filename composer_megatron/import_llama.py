@@ -14,7 +14,7 @@ from composer_megatron.architecture import Architecture
 from composer_megatron.conversion import Source
 from composer_megatron.errors import FileError
 from composer_megatron.files import read_json
-from composer_megatron.hf_config import number, rope_scaling, shape_fields
+from composer_megatron.hf_config import number, rope_scaling, shape_fields, without_rope_scaling
 from composer_megatron.hf_files import open_weights
 from composer_megatron.hf_names import llama_parts
 from composer_megatron.sequence import CompositeSequence
@@ -37,8 +37,8 @@ def open_llama(folder: Path, *, drop_rope_scaling: bool = False) -> Source:
 
     Args:
         folder: As transformers saves it.
-        drop_rope_scaling: Take a model with a scaled rotary embedding, as Llama 3.1 and later have, and leave the
-            scaling out: a place to start training from, whose logits are not the source's. The origin says so.
+        drop_rope_scaling: Take a model with a scaled rotary embedding and leave the scaling out, Llama 3's or any
+            other: a place to start training from, whose logits are not the source's. The origin says so.
 
     Raises:
         FileError: If a file is missing or corrupt, the model is not exactly a Llama, or a tensor is missing, of another
@@ -47,14 +47,10 @@ def open_llama(folder: Path, *, drop_rope_scaling: bool = False) -> Source:
     """
     where = folder / "config.json"
     config = read_json(where, "a Hugging Face configuration")
-    shape = llama_shape(config, where, name=folder.resolve().name)
-    origin = {"method": "import", "source": shape.name}
     scaling = rope_scaling(config)
-    if scaling is not None and not drop_rope_scaling:
-        problem = f"rotary embedding of type {scaling!r} (rope_scaling); only the plain one can be imported exactly"
-        raise FileError(f"{where}: {problem}; --drop-rope-scaling takes the model without, to be trained further")
-    if scaling is not None:
-        origin["dropped"] = f"rope_scaling {scaling}"
+    dropped = scaling is not None and drop_rope_scaling
+    shape = llama_shape(without_rope_scaling(config) if dropped else config, where, name=folder.resolve().name)
+    origin = {"method": "import", "source": shape.name} | ({"dropped": f"rope_scaling {scaling}"} if dropped else {})
     weights = open_weights(folder, llama_parts(shape), shape, what="a Llama")
     return Source(
         path=folder,

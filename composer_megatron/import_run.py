@@ -42,7 +42,7 @@ def import_run(
         sequence: The sequence of the new model; None for the source's own.
         blocks: Which block comes from where, in the notation of `composer_megatron.surgery`; None for ``even``.
         window: Keys that a query of a W block sees; None for 1024, or what the source says.
-        drop_rope_scaling: Take a Llama with a scaled rotary embedding without the scaling, though not exactly.
+        drop_rope_scaling: Take a Llama with a scaled rotary embedding without the scaling, so not exactly.
         progress: Told after each parameter how many bytes were taken over, and how many there are.
 
     Returns:

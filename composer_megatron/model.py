@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
@@ -22,6 +23,7 @@ from composer_megatron.block_config import block_fields
 from composer_megatron.errors import UsageError
 from composer_megatron.initialization import initialize_weights
 from composer_megatron.pattern import STAGE_SEPARATOR, hybrid_pattern
+from composer_megatron.rotary import inverse_frequencies
 from composer_megatron.specs import stack_spec
 
 __all__ = [
@@ -36,24 +38,37 @@ __all__ = [
 
 
 class CompositeModel(HybridModel):
-    """Megatron-core's hybrid model, whose loss a backend computes; parameters and their names stay as they are."""
+    """Megatron-core's hybrid model, whose loss a backend computes and whose rotary embeddings can be scaled.
 
-    def __init__(self, *args: Any, loss: Loss = "megatron", **kwargs: Any) -> None:
+    Parameters and their names stay as they are.
+    """
+
+    def __init__(self, *args: Any, loss: Loss = "megatron", rope_scaling_factor: float = 1.0, **kwargs: Any) -> None:
         """Build one stage.
 
         Args:
             args: As for `HybridModel`.
             loss: How labels become losses: as Megatron does it, or with `composer_kernels` from logits, or straight
                 from hidden states without logits in memory.
-            kwargs: As for `HybridModel`.
+            rope_scaling_factor: As in `Shape`; `HybridModel` has no scaling, though Megatron-core's GPTModel has.
+            kwargs: As for `HybridModel`, with a ``rotary_base``.
         """
         super().__init__(*args, **kwargs)
         self.loss = loss
+        if rope_scaling_factor != 1:
+            self._scale_rotary_embeddings(kwargs["rotary_base"], rope_scaling_factor)
         if loss == "linear_cross_entropy" and self._loss_skips_logits():
             from composer_megatron.layers.loss import LossOutputLayer
 
             # `HybridModel` names the class of its output layer; this one has the same parameters and can do more.
             self.output_layer.__class__ = LossOutputLayer
+
+    def _scale_rotary_embeddings(self, theta: float, factor: float) -> None:
+        """Scale that of the model, or those of latent attention's layers, which have their own."""
+        for module in self.modules():
+            if isinstance(module, RotaryEmbedding):
+                plain = module.inv_freq
+                module.inv_freq = inverse_frequencies(2 * len(plain), theta, factor).to(plain.device)
 
     def _loss_skips_logits(self) -> bool:
         """Whether hidden states can become losses: not where something else wants the logits."""
@@ -167,6 +182,7 @@ def build_model(
             share_embeddings_and_output_weights=shape.tied_embeddings,
             position_embedding_type="rope",
             rotary_base=shape.rope_theta,
+            rope_scaling_factor=shape.rope_scaling_factor,
         )
     if meta:
         return model

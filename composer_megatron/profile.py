@@ -22,6 +22,8 @@ from composer_megatron.shape import Shape
 
 _FORMAT = "composer-profile"
 _VERSION = 1
+_WITHOUT_COST = ("name", "baseline_pairs", "rope_scaling_factor")
+"""Fields of a shape that change no time of a block."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Profile:
             UsageError: If they were measured for something else.
         """
         own, asked = self.shape.as_dict(), architecture.shape.as_dict()
-        differing = [name for name in own if name not in ("name", "baseline_pairs") and own[name] != asked[name]]
+        differing = [name for name in own if name not in _WITHOUT_COST and own[name] != asked[name]]
         if differing:
             name = differing[0]
             raise UsageError(

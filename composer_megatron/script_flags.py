@@ -52,12 +52,14 @@ def script_flags(
 
     Raises:
         UsageError: If there are more stages than blocks, several stages for a single rank, or blocks that the
-            script's model has not.
+            script's model has not, or rotary embeddings scaled as it cannot.
     """
     if virtual_stages > 1 and pipeline == 1:
         raise UsageError(f"{virtual_stages} virtual stages on one pipeline rank; use at least 2 ranks, or 1 stage")
     if script == "gpt" and "S" in architecture.sequence.letters:
         raise UsageError("Mamba-2 (S) has no place in Megatron's GPTModel; use the flags of its hybrid model")
+    if architecture.shape.rope_scaling_factor != 1:
+        _check_rope_scaling(architecture, script)
     cut = cut_sequence(architecture, pipeline, virtual_stages=virtual_stages, seq_len=seq_len)
     flags: Flags = (
         {"--spec": SPECS[script]}
@@ -72,6 +74,14 @@ def script_flags(
         if pipeline > 1:
             flags["--pipeline-model-parallel-layout"] = gpt_layout(cut)
     return flags
+
+
+def _check_rope_scaling(architecture: Architecture, script: Script) -> None:
+    asked = f"rotary embeddings scaled by {architecture.shape.rope_scaling_factor:g}"
+    if script == "hybrid":
+        raise UsageError(f"{asked}: Megatron's HybridModel cannot; use composer_megatron.train, or --script gpt")
+    if "L" in architecture.sequence.letters:
+        raise UsageError(f"{asked}: Megatron's latent attention (L) cannot; use composer_megatron.train")
 
 
 def gpt_layout(cut: Sequence[int]) -> str:

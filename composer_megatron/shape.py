@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ class Shape:
         mamba: Widths of Mamba-2; None for `Mamba.default`.
         delta_net: Widths of Gated DeltaNet; None for `DeltaNet.default`.
         latent: Widths of latent attention; None for `Latent.default`.
+        rope_scaling_factor: By how much Llama 3's rule slows its slowest pairs down, for long texts; 1 leaves them as
+            they are. See `composer_megatron.rotary`.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Shape:
     mamba: Mamba | None = None
     delta_net: DeltaNet | None = None
     latent: Latent | None = None
+    rope_scaling_factor: float = 1.0
 
     def __post_init__(self) -> None:
         """Raise a `ShapeError` that names the field, its value and what would do."""
@@ -72,6 +76,8 @@ class Shape:
             raise self._error("num_query_groups", self.num_query_groups, expected)
         if self.head_dim % 2:
             raise self._error("head_dim", self.head_dim, "an even number, since rotary embeddings turn pairs")
+        if not 1 <= self.rope_scaling_factor < math.inf:
+            raise self._error("rope_scaling_factor", self.rope_scaling_factor, "a number of at least 1")
 
     def _error(self, field: str, value: Any, expected: str) -> ShapeError:
         return ShapeError(f"shape {self.name!r}: {field}={value!r}; expected {expected}")
@@ -97,8 +103,14 @@ class Shape:
         return self.latent or Latent.default(self)
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON values; `from_dict` reads them back."""
-        return dataclasses.asdict(self)
+        """The fields as JSON values; `from_dict` reads them back.
+
+        A `rope_scaling_factor` of 1 is left out, as in files from before there was one.
+        """
+        values = dataclasses.asdict(self)
+        if self.rope_scaling_factor == 1:
+            del values["rope_scaling_factor"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "shape") -> Shape:

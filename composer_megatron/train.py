@@ -174,7 +174,12 @@ def _flags(
         check_kernels(architecture.sequence.letters)
     flags |= arguments.machine_flags(gpu=gpu, fp32=options.fp32) | arguments.backend_flags(backend) | schedule
     flags |= data_flags.data_flags(text, given, architecture, run_dir) | checkpoint_flags(given)
-    flags |= data_flags.document_flags(given, architecture, document_masks=options.document_masks)
+    flags |= data_flags.document_flags(
+        given,
+        architecture,
+        document_masks=options.document_masks,
+        own_attention=backend.attends_by_itself(),
+    )
     if run_dir is not None:
         flags |= arguments.run_dir_flags(run_dir, schedule["--train-iters"])
     elif "save" in given:
@@ -346,6 +351,7 @@ def _pretrain(args: Namespace, backend: "Backend", resumption: Resumption, text:
     with _refusing_flags():
         config = hybrid_config_from_args(args, model_config_cls=CompositeModelConfig)
         config.loss = backend.loss.use
+        config.rope_scaling_factor = args.rope_scaling_factor if args.use_rope_scaling else 1.0
         config.transformer.fused_single_qkv_rope = args.apply_rope_fusion and backend.rope.use.joined
         if args.spec is None:
             config.hybrid_stack_spec = stack_spec(backend)

@@ -65,7 +65,7 @@ def import_(
         sequence: Sequence of the new model, such as (2A4M)x4; the source's own by default, for a Llama (AM)xN.
         map: Which block comes from where: even, depth, or lists such as "A:0-3,7 M:0,0,1-6"; even by default.
         window: Tokens that a query of a W block sees.
-        drop_rope_scaling: Take a Llama 3.1 or later without the scaling of its rotary embedding; not exact.
+        drop_rope_scaling: Take a Llama without the scaling of its rotary embedding; not exact.
         json: Print one JSON object for programs instead of text.
     """
     from composer_megatron.import_run import import_run

@@ -6,6 +6,7 @@ is ``x + f(norm(x))``. Attention blocks alone have a decoding cache, that of W n
 the cache's places in their own order: the first attention block has place 0.
 """
 
+import math
 import re
 from typing import Any, ClassVar
 
@@ -36,6 +37,8 @@ class CompositeConfig(PretrainedConfig):
         head_dim: Width of a head.
         max_position_embeddings: Tokens of a training sequence.
         rope_theta: Base of the rotary embedding.
+        rope_scaling: How it is scaled for long texts, ``rope_type`` being ``llama3`` with four numbers; None for not.
+        rope_parameters: The same in the words of transformers 5, ``rope_theta`` included.
         rms_norm_eps: Added to the mean square in RMSNorm.
         initializer_range: Standard deviation of fresh weights.
         sliding_window: Tokens that a query of a W block sees, its own included; needed where there is one.
@@ -59,6 +62,8 @@ class CompositeConfig(PretrainedConfig):
         head_dim: int = 64,
         max_position_embeddings: int = 4096,
         rope_theta: float = 500000.0,
+        rope_scaling: dict[str, Any] | None = None,
+        rope_parameters: dict[str, Any] | None = None,
         rms_norm_eps: float = 1e-5,
         initializer_range: float = 0.02,
         sliding_window: int | None = None,
@@ -79,7 +84,12 @@ class CompositeConfig(PretrainedConfig):
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
         self.max_position_embeddings = max_position_embeddings
-        self.rope_theta = rope_theta
+        rope = rope_parameters or rope_scaling or {}
+        if rope.get("rope_type", "default") not in ("default", "llama3"):
+            raise ValueError(f"rope_type={rope['rope_type']!r}; expected llama3, or default for no scaling")
+        self.rope_theta = rope.get("rope_theta", rope_theta)
+        if rope.get("rope_type") == "llama3":
+            self.rope_parameters = {**rope, "rope_theta": self.rope_theta}
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.use_cache = use_cache
@@ -112,13 +122,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rotary_embedding(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_embedding(positions: Tensor, config: CompositeConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angles by which the pairs of a head turn, each (batch, 1, tokens, head_dim).
 
-    Component i is paired with component i + head_dim / 2; both turn by position / theta^(2i / head_dim).
+    Component i is paired with component i + head_dim / 2; both turn by position / theta^(2i / head_dim), unless scaled.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[:, None, :, None].float() * (1.0 / theta**exponents)
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    if (rope := getattr(config, "rope_parameters", None)) and rope["rope_type"] == "llama3":
+        # As it was for pairs that turn often in the original length, slower by the factor for those that do not.
+        turns = rope["original_max_position_embeddings"] / (2 * math.pi / frequencies)
+        kept = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+        kept = kept.clamp(0, 1)
+        frequencies = (1 - kept) * frequencies / rope["factor"] + kept * frequencies
+    angles = positions[:, None, :, None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -324,7 +341,7 @@ class CompositeModel(CompositePreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
-        rotation = rotary_embedding(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
+        rotation = rotary_embedding(position_ids, self.config, x.dtype)
         before = []
         for letter, layer in zip(self.config.blocks, self.layers, strict=True):
             before.append(x)

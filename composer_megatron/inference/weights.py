@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from composer_megatron.architecture import Architecture
 from composer_megatron.errors import UsageError
+from composer_megatron.rotary import inverse_frequencies
 
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -198,10 +198,5 @@ def random_weights(architecture: Architecture, dtype: torch.dtype, device: torch
         groups=shape.num_query_groups,
         head_dim=shape.head_dim,
         epsilon=shape.norm_epsilon,
-        frequencies=_frequencies(shape.head_dim, shape.rope_theta).to(device),
+        frequencies=inverse_frequencies(shape.head_dim, shape.rope_theta, shape.rope_scaling_factor).to(device),
     )
-
-
-def _frequencies(head_dim: int, theta: int) -> Tensor:
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    return torch.exp(-math.log(theta) * exponents)

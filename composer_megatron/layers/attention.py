@@ -19,7 +19,14 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from composer_megatron.errors import UsageError
-from composer_megatron.layers.context_parallel import Packing, gather, in_order, packed_prefixes, prefixes
+from composer_megatron.layers.context_parallel import (
+    Packing,
+    document_chunk,
+    gather,
+    in_order,
+    packed_prefixes,
+    prefixes,
+)
 from composer_megatron.layers.rope import prepare_context_parallelism
 
 
@@ -108,7 +115,8 @@ class CoreAttention(MegatronModule, ABC):
                 anyway, and `causal` otherwise.
             attention_bias: Must be None.
             packed_seq_params: Where each packed sequence ends in the whole batch; with its padding, if any, every token
-                belongs to one.
+                belongs to one. Under context parallelism also in the format "bshd": where documents end in the rows
+                of the batch, laid end to end.
 
         Returns:
             (sq, b, heads · d); for packed sequences (t, heads · d).
@@ -123,6 +131,8 @@ class CoreAttention(MegatronModule, ABC):
                 "an attention mask in memory goes with neither packed sequences nor context parallelism; pass "
                 "--no-create-attention-mask-in-dataloader"
             )
+        if packed_seq_params is not None and packed_seq_params.qkv_format == "bshd" and self.cp_group is not None:
+            return self._attend_to_documents(query, key, value, packed_seq_params.cu_seqlens_q).flatten(-2)
         if packed_seq_params is not None:
             return self._attend_to_packed(query, key, value, packed_seq_params).flatten(-2)
         if self.cp_group is None:
@@ -135,6 +145,19 @@ class CoreAttention(MegatronModule, ABC):
             seen = round(share * len(keys))
             outputs.append(self._batch_first(chunk, keys[:seen], values[:seen], None))
         return torch.cat(outputs).flatten(-2)
+
+    def _attend_to_documents(self, query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor) -> Tensor:
+        """Attend within documents that end anywhere in the rows, under context parallelism."""
+        assert self.cp_group is not None
+        rank, ranks, widths = self.cp_group.rank(), self.cp_group.size(), (key.shape[-1], value.shape[-1])
+        keys, values = in_order(gather(key, value, self.cp_group), ranks).split(widths, -1)
+        outputs = []
+        for chunk, place in zip(query.chunk(2), (rank, 2 * ranks - 1 - rank), strict=True):
+            size, seen = len(chunk), len(chunk) * (place + 1)
+            packing = document_chunk(boundaries, len(keys), size * place, size)
+            q, k, v = (rows.transpose(0, 1).flatten(0, 1) for rows in (chunk, keys[:seen], values[:seen]))
+            outputs.append(self.attend_to_packed(q, k, v, packing).unflatten(0, (-1, size)).transpose(0, 1))
+        return torch.cat(outputs)
 
     def _batch_first(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         output = self.attend(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), mask)
@@ -212,6 +235,8 @@ class SDPACoreAttention(CoreAttention):
             ends, tokens = f"{queries[-1]} and {keys[-1]}", f"{len(query)} queries and {len(key)} keys"
             raise UsageError(f"packed sequences end at {ends}, of {tokens}: give the rest to one as its padding")
         for (start, end), (first, last) in zip(itertools.pairwise(queries), itertools.pairwise(keys), strict=True):
+            if start == end:
+                continue
             outputs.append(self.attend(query[None, start:end], key[None, first:last], value[None, first:last], None)[0])
         return torch.cat(outputs)
 

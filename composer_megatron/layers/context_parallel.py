@@ -2,8 +2,8 @@
 
 Megatron cuts a sequence of s tokens into 2n chunks for the n ranks of the context-parallel group, and gives rank r the
 chunks r and 2n - 1 - r, so that all ranks have equally much to do under a causal mask. Packed sequences are cut one by
-one. Every query chunk sees a prefix of its sequence, of which it is the end: causal attention of fewer queries than
-keys, aligned at the end.
+one; documents in a row are not, and may end anywhere (`document_chunk`). Every query chunk sees a prefix of its
+sequence, of which it is the end: causal attention of fewer queries than keys, aligned at the end.
 
 Keys and values are gathered, not passed round: with grouped-query attention they are small beside the queries. The
 gradient goes back by the reverse, a reduce-scatter, so it is exact.
@@ -85,6 +85,26 @@ def packed_prefixes(boundaries: Tensor, longest: int, tokens: int, rank: int, ra
     second = piece >= ranks
     owner = torch.where(second, 2 * ranks - 1 - piece, piece)
     return packing, owner * tokens + spread(boundaries[:-1] // ranks) + second * length + offset
+
+
+def document_chunk(boundaries: Tensor, length: int, start: int, size: int) -> Packing:
+    """One chunk of every row of a batch, and the prefix of the row that it sees, as packed sequences.
+
+    Every document of every row is one: with those of its queries that lie in the chunk, perhaps none, and its keys up
+    to the chunk's end. Where a document reaches into the chunk from before it, its queries are the last of its keys.
+
+    Args:
+        boundaries: Of the documents, (n + 1,), rows laid end to end; every row's end is one.
+        length: Tokens of a row.
+        start: Where the chunk begins in each row.
+        size: Its tokens.
+    """
+    end = start + size
+    begins = boundaries[:-1] % length
+    ends = begins + boundaries.diff()
+    queries = ends.clamp(start, end) - begins.clamp(start, end)
+    keys = ends.clamp(max=end) - begins.clamp(max=end)
+    return Packing(_boundaries(queries), _boundaries(keys), size, end)
 
 
 def _boundaries(lengths: Tensor) -> Tensor:

@@ -265,6 +265,9 @@ def test_what_further_primitives_need_is_set_or_refused():
     assert provider("EA").num_moe_experts == SHAPE.expert_widths.num_experts
     with pytest.raises(UsageError, match="1L1M needs q_lora_rank, which HybridModelProvider does not have"):
         provider("LM")
+    scaled = dataclasses.replace(ARCHITECTURE, shape=dataclasses.replace(SHAPE, rope_scaling_factor=32.0))
+    with pytest.raises(UsageError, match="needs rope_scaling, which HybridModelProvider does not have; use composer_m"):
+        composite_provider(scaled)
 
 
 @pytest.mark.usefixtures("provider_class")

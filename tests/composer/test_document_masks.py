@@ -91,9 +91,11 @@ def masked(place):
         # Other micro-batches have other numbers of tokens that count.
         (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--micro-batch-size", "4")),
         (2, STAGES),
+        (2, ("--context-parallel-size", "2", "--micro-batch-size", "4")),
+        (2, ("--context-parallel-size", "2", "--backend", "composer", *RECOMPUTED)),
         (1, ("--backend", "composer", "--backend-part", "loss=linear", *RECOMPUTED)),
     ],
-    ids=["tensor", "stages", "composer"],
+    ids=["tensor", "stages", "context", "context and composer", "composer"],
 )
 def test_every_layout_has_the_same_numbers(masked, processes, flags, request):
     run, whole = masked

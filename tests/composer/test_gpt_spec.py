@@ -15,9 +15,10 @@ from composer_megatron import cpu
 cpu.skip_compilation()
 
 from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-from megatron.training.models.gpt import GPTModelConfig  # noqa: E402
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig  # noqa: E402
 
 from composer_megatron.architecture import Architecture  # noqa: E402
 from composer_megatron.errors import FileError, UsageError  # noqa: E402
@@ -207,6 +208,29 @@ def test_initial_output_projections_are_scaled_for_one_addition_a_layer():
     assert sum(spread) / len(spread) == pytest.approx(wanted, rel=0.05)  # 7 matrices of 1536 elements
     own = config(output_layer_init_method=torch.nn.init.zeros_)
     assert not gpt_model(own).decoder.layers[0].mlp.linear_fc2.weight.any()
+
+
+@pytest.mark.usefixtures("hybrid")
+def test_scaled_rotary_embeddings_are_megatrons_own(tmp_path, monkeypatch):
+    """``pretrain_gpt.py`` knows of the scaling by its flag, and of no factor but 8."""
+    scaled = dataclasses.replace(
+        ARCHITECTURE, shape=dataclasses.replace(SHAPE, head_dim=64, rope_theta=500_000, rope_scaling_factor=32.0)
+    )
+    scaled.save(tmp_path / "architecture.json")
+    monkeypatch.setenv(ARCHITECTURE_VARIABLE, str(tmp_path / "architecture.json"))
+    with pytest.raises(UsageError, match="--use-rope-scaling: is False, the architecture has True"):
+        gpt_spec(config(scaled))
+    with pytest.raises(UsageError, match=r"--rope-scaling-factor: is 8\.0, the architecture has 32\.0"):
+        block_spec(scaled, config(scaled, model={"rope_scaling": True}))
+    model_config = config(scaled, model={"rope_scaling": True})
+    model_config.transformer_layer_spec = gpt_spec
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    gpt = GPTModelBuilder(model_config).build_model(groups)
+    ours = build_model(scaled, max_sequence_length=32, backend="local", draw_weights=False)
+    assert torch.equal(gpt.rotary_pos_emb.inv_freq, ours.rotary_pos_emb.inv_freq)
+    latent = dataclasses.replace(scaled, sequence=CompositeSequence("LM"))
+    with pytest.raises(UsageError, match=r"latent attention \(L\) in Megatron's GPTModel has no rope scaling"):
+        block_spec(latent, model_config)
 
 
 WRONG = {

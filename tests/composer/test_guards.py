@@ -77,6 +77,7 @@ def test_stages_cut_by_hand_may_be_empty():
     [
         ({"num_layers": 6}, r"^--num-layers does not go with an architecture file: --architecture says how many"),
         ({"pipeline_model_parallel_layout": "Et*6L"}, "--pipeline-model-parallel-layout .* --hybrid-layer-pattern"),
+        ({"use_rope_scaling": True}, "--use-rope-scaling .*: give its shape a rope_scaling_factor instead"),
         ({"window_size": (4, 0)}, "--window-size does not go"),
         ({"num_experts": 4}, "--num-experts .*: no block of the architecture has experts"),
         ({"hybrid_layer_pattern": "MMMM"}, r"'MMMM': 'M' is no block of an architecture file; expected \* and -"),

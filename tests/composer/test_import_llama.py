@@ -40,6 +40,14 @@ CONFIG = {
     "initializer_range": 0.3,  # large: attention must matter to the logits
     "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 VARIANTS = {
     "grouped": {},
     "tied": {"tie_word_embeddings": True},
@@ -225,9 +233,14 @@ REFUSED = {
     "attention_bias=True": {"attention_bias": True},
     "mlp_bias=True": {"mlp_bias": True},
     "quantization_config=": {"quantization_config": {"bits": 4}},
-    "rotary embedding of type 'llama3' (rope_scaling)": {
-        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
+    "low_freq_factor=2.0 (rope_scaling); only 1.0": {"rope_parameters": LLAMA3 | {"low_freq_factor": 2.0}},
+    "high_freq_factor=8 (rope_scaling); only 4.0": {"rope_parameters": LLAMA3 | {"high_freq_factor": 8}},
+    "original_max_position_embeddings=4096 (rope_scaling); only 8192": {
+        "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 4096}
     },
+    "factor=0.5 (rope_scaling); expected a number of at least 1": {"rope_parameters": LLAMA3 | {"factor": 0.5}},
+    "factor=None (rope_scaling)": {"rope_parameters": LLAMA3 | {"factor": None}},
+    "rotary embedding of type 'yarn' (rope_scaling)": {"rope_parameters": LLAMA3 | {"rope_type": "yarn"}},
     "rotary embedding of type 'linear' (rope_scaling)": {
         "rope_parameters": "absent",
         "rope_scaling": {"type": "linear", "factor": 2.0},
@@ -254,10 +267,8 @@ def test_what_would_not_be_exact_is_refused_by_name(folder, tmp_path, named, cha
 
 
 def test_scaled_rotary_embeddings_may_be_dropped_and_it_is_said(tmp_path):
-    """What is left is the same Llama with a plain rotary embedding."""
-    scaling = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0}
-    scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-    scaled = llama(tmp_path / "hf", rope_parameters=scaling)
+    """What is left is the same Llama with a plain rotary embedding; numbers that are not Llama 3's do not matter."""
+    scaled = llama(tmp_path / "hf", rope_parameters=LLAMA3 | {"original_max_position_embeddings": 32})
     found = import_run(tmp_path / "hf", tmp_path / "run", drop_rope_scaling=True).architecture
     assert found.origin == {"method": "import", "source": "hf", "dropped": "rope_scaling llama3"}
     plain = llama(tmp_path / "plain")

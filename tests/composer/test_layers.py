@@ -17,7 +17,7 @@ from composer_megatron.errors import UsageError
 from composer_megatron.layers import fused_rope
 from composer_megatron.layers.activation import SwiGLU
 from composer_megatron.layers.attention import CoreAttention, SDPACoreAttention
-from composer_megatron.layers.context_parallel import in_order, packed_prefixes, prefixes
+from composer_megatron.layers.context_parallel import document_chunk, in_order, packed_prefixes, prefixes
 from composer_megatron.layers.fused_attention import FusedCoreAttention
 from composer_megatron.layers.fused_norm import FusedRMSNorm
 from composer_megatron.layers.norm import RMSNorm
@@ -296,6 +296,34 @@ def test_chunks_of_all_ranks_are_put_in_order(ranks, chunk):
     for rank in range(ranks):
         ends = [own_tokens(rank, ranks, 0, length)[place * chunk + chunk - 1] + 1 for place in range(2)]
         assert [round(share * length) for share in prefixes(rank, ranks)] == ends
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=3),
+    place=st.integers(0, 3),
+    window=st.sampled_from([None, 2]),
+    kind=st.sampled_from(ATTENTIONS),
+)
+def test_a_chunk_of_rows_sees_its_documents_and_no_others(rows, place, window, kind):
+    """Rows of 8 tokens, in which documents end anywhere; chunks of 2."""
+    torch.manual_seed(place)
+    begins = torch.tensor([[True, *row] for row in rows])  # where a document begins
+    document = begins.flatten().cumsum(0).view(len(rows), 8)
+    ends = torch.cat((begins.flatten().nonzero().flatten(), torch.tensor([8 * len(rows)]))).int()
+    chunk, seen = slice(2 * place, 2 * place + 2), slice(0, 2 * place + 2)
+    whole = [torch.randn(8, len(rows), heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+    apart = (document[:, :, None] != document[:, None, :])[:, None]
+    wanted = attention_reference(*(tensor.double() for tensor in whole), 8**-0.5, apart, window)[chunk]
+    layer = attention(kind, window_size=None if window is None else (window, 0))
+    given = (whole[0][chunk], whole[1][seen], whole[2][seen])
+    joined = (tensor.transpose(0, 1).flatten(0, 1) for tensor in given)
+    found = layer.attend_to_packed(*joined, document_chunk(ends, 8, 2 * place, 2))
+    found = found.unflatten(0, (len(rows), 2)).transpose(0, 1).flatten(-2)
+    close(found, wanted)
+    gradients = (torch.autograd.grad(output.double().sum(), whole) for output in (found, wanted))
+    for one, other in zip(*gradients, strict=True):
+        close(one, other)
 
 
 @given(ranks=st.integers(1, 4), chunks=st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(any))

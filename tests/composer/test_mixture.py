@@ -109,17 +109,12 @@ def test_what_cannot_be_trained_on_together(folders, tmp_path):
         load("--text", tmp_path / "absent", *tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"context_parallel_size": 2}, "--document-masks does not go with --context-parallel-size"),
-        ({"reset_attention_mask": True}, "mean the same in two ways"),
-    ],
-)
-def test_what_document_masks_do_not_go_with(given, message):
-    with pytest.raises(UsageError, match=message):
-        document_flags(given, TRAINED, document_masks=True)
+def test_what_document_masks_do_not_go_with():
+    with pytest.raises(UsageError, match="mean the same in two ways"):
+        document_flags({"reset_attention_mask": True}, TRAINED, document_masks=True)
     assert document_flags({"context_parallel_size": 2}, TRAINED, document_masks=False) == {}
+    with pytest.raises(UsageError, match="on our attention alone: use --backend composer"):
+        document_flags({"context_parallel_size": 2}, TRAINED, document_masks=True, own_attention=False)
     with pytest.raises(UsageError, match="--reset-attention-mask does not go with"):
         document_flags({"reset_attention_mask": True, "context_parallel_size": 2}, TRAINED, document_masks=False)
 

@@ -71,8 +71,9 @@ def test_another_shape() -> None:
         UsageError, match=r"profile is of shape 'tiny' with hidden_size=64, .* 'demo' with hidden_size=160"
     ):
         PROFILE.times(Architecture(TINY.sequence, PRESETS["demo"]), LAYOUT)
-    renamed = dataclasses.replace(PRESETS["tiny"], name="mine")
+    renamed = dataclasses.replace(PRESETS["tiny"], name="mine", rope_scaling_factor=32.0)  # neither takes time
     assert PROFILE.times(Architecture(TINY.sequence, renamed), LAYOUT)
+    assert dataclasses.replace(PROFILE, shape=renamed).times(TINY, LAYOUT)
     old = dataclasses.replace(PROFILE, blocks={"A": Passes(1.0, 2.0)})
     with pytest.raises(UsageError, match="no times of M"):
         old.times(TINY, LAYOUT)

@@ -40,6 +40,13 @@ def test_json_round_trip(name: str, tmp_path: Path) -> None:
     assert load_shape(str(path)) == PRESETS[name]
 
 
+def test_files_say_nothing_of_a_scaling_that_is_not_there() -> None:
+    assert "rope_scaling_factor" not in PRESETS["1b"].as_dict()
+    scaled = dataclasses.replace(PRESETS["1b"], rope_scaling_factor=32.0)
+    assert scaled.as_dict()["rope_scaling_factor"] == 32
+    assert Shape.from_dict(scaled.as_dict()) == scaled != PRESETS["1b"]
+
+
 def test_head_dim_follows_from_the_heads() -> None:
     values = PRESETS["1b"].as_dict()
     del values["head_dim"]
@@ -56,6 +63,8 @@ def test_head_dim_follows_from_the_heads() -> None:
         ({"ffn_hidden_size": True}, "whole number"),
         ({"tied_embeddings": 1}, "true or false"),
         ({"norm_epsilon": -1.0}, "positive"),
+        ({"rope_scaling_factor": 0.5}, "at least 1"),
+        ({"rope_scaling_factor": float("inf")}, "at least 1"),
         ({"hiden_size": 3}, "did you mean 'hidden_size'"),
         ({"zzzz": 3}, "known fields"),
     ],
