@@ -190,7 +190,8 @@ def _training_lines(results: Results, gpu: str) -> list[str]:
             continue
         gain = stacked["tokens_per_second"] / llama["tokens_per_second"]
         line = f"training {shape} at {length:,} tokens: {_thousands(stacked)} with the Composite, {_thousands(llama)} "
-        line += f"with Llama (x{gain:.3f}; {llama['tflops']:.0f} TFLOP/s, {_mfu(llama)})"
+        rates = " and ".join(f"{row['tflops']:.0f}{_mfu(row)}" for row in (stacked, llama))
+        line += f"with Llama (x{gain:.3f}), {rates} TFLOP/s"
         peer = rate(rows, backend=PEER, shape=shape, seq_len=length, model="llama")
         if peer is not None and ours != PEER:
             line += f"; torch.compile's Llama {_thousands(peer)}"
@@ -203,7 +204,7 @@ def _thousands(row: Row) -> str:
 
 
 def _mfu(row: Row) -> str:
-    return f"MFU {row['mfu']:.1%}" if row.get("mfu") else "MFU not counted"
+    return f" (MFU {row['mfu']:.1%})" if row.get("mfu") else ""
 
 
 def _inference_lines(results: Results, gpu: str) -> list[str]:

@@ -85,8 +85,8 @@ def test_headline_figures_follow_from_the_files(folder: Path) -> None:
     text = headline(read_results(folder))
     for wanted in (
         "**NVIDIA H100** (torch 2.11.0, triton 3.6.0, megatron-core 0.19.2; 2026-11-23)",
-        "training 1b at 4,096 tokens: 72.6k tokens/s with the Composite, 66.0k tokens/s with Llama (x1.100; 500",
-        "MFU 50.6%",
+        "training 1b at 4,096 tokens: 72.6k tokens/s with the Composite, 66.0k tokens/s with Llama (x1.100), ",
+        " and 500 (MFU 50.6%) TFLOP/s",
         "torch.compile's Llama 59.0k tokens/s, backend composer",
         "x1.200",
         "decoding 1b, batch 1, 512 tokens of context: llama 1.10 ms, stacked 1.00 ms a token",
