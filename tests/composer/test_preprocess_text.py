@@ -1,5 +1,6 @@
 """The script: output for people and programs, exit statuses, and Ctrl-C."""
 
+import functools
 import importlib.util
 import io
 import json
@@ -129,7 +130,14 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--text", "big.txt", "--output", "out/text", "--workers", "2"]
     command += ["--vocab-size", "257"]
     with subprocess.Popen(
-        command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell has what it runs in the background ignore Ctrl-C, and so would this child. No other thread runs here.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     ) as process:
         assert process.stderr is not None
         seen = ""

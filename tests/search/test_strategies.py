@@ -184,9 +184,14 @@ def test_a_killed_search_goes_on_and_loses_the_running_trials_at_most(program, t
     assert len({trial.sequence for trial in study.trials}) == 14
 
 
+def interruptible():
+    """Shells have what they run in the background ignore Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_leaves_a_study_to_resume_and_no_process(program, tmp_path):
     folder = tmp_path / "study"
-    process = program(folder, seconds=0.5)
+    process = program(folder, seconds=0.5, preexec_fn=interruptible)
     wait_until(lambda: len(lines(folder)) >= 3)
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to parent and workers alike
     _, errors = process.communicate(timeout=20)
