@@ -8,7 +8,6 @@ the systems are compared as orders of blocks, at one size.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from types import MappingProxyType
 from typing import Any
 
 from composer_megatron.architecture import Architecture
-from composer_megatron.errors import UsageError
 from composer_megatron.files import read_json
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import Shape
@@ -165,19 +163,6 @@ _ROWS = (
 
 SYSTEMS = MappingProxyType({row.name: row for row in _ROWS})
 """Every system by its name, in the order in which tables list them."""
-
-
-def get_system(name: str) -> System:
-    """The system of that name.
-
-    Raises:
-        UsageError: If there is none, with the names that there are.
-    """
-    if name not in SYSTEMS:
-        near = difflib.get_close_matches(name.lower(), SYSTEMS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UsageError(f"unknown system {name!r}: {hint}known: {', '.join(SYSTEMS)}")
-    return SYSTEMS[name]
 
 
 def table(shape: Shape, seq_len: int) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from composer_megatron.model import build_model
 from composer_megatron.primitives import PRIMITIVES
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS
-from composer_megatron.systems import EVIDENCE, LAYOUTS, SYSTEMS, _jet_nemotron, get_system, table
+from composer_megatron.systems import EVIDENCE, LAYOUTS, SYSTEMS, _jet_nemotron, table
 
 ROOT = Path(__file__).parents[2]
 ONE_B = PRESETS["1b"]
@@ -54,11 +54,6 @@ def test_a_system_has_about_the_baselines_size(name, preset):
     assert abs(found - target) <= step / 2 or (found > target and len(architecture.sequence) <= 2 * len(unit[name]))
     if name in ("llama", "sandwich"):
         assert found == target
-
-
-def test_an_unknown_system_is_named():
-    with pytest.raises(UsageError, match=r"unknown system 'lama': did you mean 'llama'\? known: llama, sandwich"):
-        get_system("lama")
 
 
 def test_the_table_counts(capsys):
