@@ -23,13 +23,18 @@ from torch import Tensor
 from composer_megatron.env import environment
 from composer_megatron.files import write_json
 from composer_search.candidate import Widths, rotation
-from composer_search.population.kernels.attention import Launch, launch_backward, launch_forward, tables
+from composer_search.population.kernels.attention import form, tables
+from composer_search.population.kernels.attention_parts import Launch
 from composer_search.population.operations import Fused, Operations, Plain
+from composer_search.population.product import product
 
 WIDTHS = Widths()
 BATCH = 128
 BF16 = torch.bfloat16
-LAUNCHES = [Launch(*each) for each in ((32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 4), (128, 8))]
+LENGTHS, TUNED_LENGTHS = (32, 128, 256), (32, 64, 128, 272, 512)
+TILES = [Launch(*each) for each in ((32, 1), (32, 2), (64, 2), (64, 4))]
+"""Of attention over sequences of several tiles, what comes near the fastest."""
+
 Part = tuple[str, int, Callable[[], object]]
 """What it is called, the bytes that it has to move, and what does it."""
 
@@ -93,9 +98,9 @@ def products(size: Size) -> Iterator[Part]:
     hidden, inner = WIDTHS.hidden_size, WIDTHS.ffn_hidden_size
     layers = {"A in": (hidden, 3 * hidden), "A out": (hidden, hidden), "M in": (hidden, 2 * inner)}
     for name, (before, after) in (layers | {"M out": (inner, hidden)}).items():
-        weight = torch.randn(size.rows, after, before, device="cuda", dtype=BF16)
+        weight = torch.randn(size.rows, after, before, device="cuda")
         moved = 2 * size.tokens * (before + after)
-        yield from both_ways(name, (moved, 2 * moved), [size.draw(before), weight], lambda x, w: torch.bmm(x, w.mT))
+        yield from both_ways(name, (moved, 2 * moved), [size.draw(before), weight], product)
 
 
 def attend(size: Size, operations: Operations, who: str) -> Iterator[Part]:
@@ -150,28 +155,27 @@ def parts(size: Size) -> Iterator[Part]:
 
 
 def launches(size: Size) -> Iterator[Part]:
-    """Attention's launches."""
+    """Attention's launches; of sequences that are one tile, the warps for it."""
     hidden, heads = WIDTHS.hidden_size, WIDTHS.num_heads
     cosine, sine = tables(rotation(size.length, hidden // heads, torch.device("cuda")))
-    joint, bias = size.draw(3 * hidden), torch.zeros(size.rows, 3 * hidden, device="cuda")
-    mixed, sums = launch_forward(joint, bias, cosine, sine, heads, "ieee")
-    shared = joint, bias, cosine, sine
-    for launch in LAUNCHES:
-        if launch.positions <= 2 * size.length:
-            name = f"{launch.positions} positions, {launch.warps} warps"
-            ways = (
-                functools.partial(launch_forward, *shared, heads, "ieee", launch),
-                functools.partial(launch_backward, *shared, mixed, size.draw(hidden), sums, "ieee", launch),
-            )
-            yield f"forward, {name}", 8 * hidden * size.tokens, ways[0]
-            yield f"backward, {name}", 16 * hidden * size.tokens, ways[1]
+    joint, bias, dmixed = size.draw(3 * hidden), torch.zeros(size.rows, 3 * hidden, device="cuda"), size.draw(hidden)
+    kernels = form(size.length, BF16)
+    default = kernels.default_launch(size.length, hidden // heads, BF16)
+    whole = default.positions >= size.length
+    for launch in [Launch(default.positions, warps) for warps in (1, 2, 4)] if whole else TILES:
+        name = f"{launch.positions} positions, {launch.warps} warps{', the default' if launch == default else ''}"
+        forward = functools.partial(kernels.forward, joint, bias, cosine, sine, heads, "ieee", launch)
+        kept, mixed, sums = forward()
+        backward = functools.partial(kernels.backward, kept, cosine, sine, mixed, dmixed, sums, "ieee", launch)
+        yield f"forward, {name}", 8 * hidden * size.tokens, forward
+        yield f"backward, {name}", 16 * hidden * size.tokens, backward
 
 
 def main() -> None:
     """Run from the command line."""
     options = argparse.ArgumentParser(description="Time the parts of a population's training step.")
     options.add_argument("--tune", action="store_true", help="time attention's launches instead")
-    options.add_argument("--tokens", type=int, default=2**18, help="tokens of all rows, about")
+    options.add_argument("--tokens", type=int, default=2**20, help="of all rows; few leave the GPU waiting for Python")
     options.add_argument("--output", type=Path, help="write all figures there as JSON")
     chosen = options.parse_args()
     if not torch.cuda.is_available():
@@ -184,7 +188,7 @@ def main() -> None:
         "copy": speed,
         "parts": [],
     }
-    for length in (32, 128, 256):
+    for length in TUNED_LENGTHS if chosen.tune else LENGTHS:
         size = Size(max(2, chosen.tokens // (BATCH * length)), length)
         for name, moved, call in (launches if chosen.tune else parts)(size):
             figures["parts"].append(_timed(size, name, moved, call, speed))

@@ -36,7 +36,8 @@ from composer_search.candidate import Widths
 from composer_search.mad import Setting, baseline
 from composer_search.mad.tasks import find_task
 from composer_search.population import Row
-from composer_search.population.plan import flops_per_token, row_bytes, rows_at_once
+from composer_search.population.memory import row_bytes
+from composer_search.population.plan import flops_per_token, rows_at_once
 from composer_search.population.population import Population
 from composer_search.population.replay import WARM_UP, cuda_graph
 from composer_search.trainer import TaskData, TrainSettings, choose_device, matmul_precision, train
@@ -105,11 +106,11 @@ class Case:
         swapped = [letters.translate(str.maketrans("AM", "MA")) for letters in half]
         return [CompositeSequence(letters) for pair in zip(half, swapped, strict=True) for letters in pair][:number]
 
-    def population(self, precision: str, device: torch.device, judged: int) -> list[Row]:
+    def population(self, precision: str, device: torch.device, judged: int, fuse: bool) -> list[Row]:
         """The rows, as many as are worth training at once on the device and fit."""
         settings, data = self.settings(precision, device, steps=1), self.data(judged)
         rows = [Row(sequence, data, 1e-3) for sequence in self.sequences(self.rows)]
-        at_once = rows_at_once(rows, settings, device)
+        at_once = rows_at_once(rows, settings, device, fuse)
         return rows[:at_once] if at_once > 1 else [Row(self.sequences(1)[0], data, 1e-3)]
 
 
@@ -138,7 +139,8 @@ class Speed:
         spread: Its largest minus its smallest value in three rounds, as a share of it.
         look: Seconds of judging all of them on the validation data.
         peak: Bytes allocated at most, on a GPU.
-        planned: Bytes that the plan expected.
+        held: Bytes that the allocator kept for itself at most, those of recorded steps included.
+        planned: Bytes that the plan expected it to keep.
         note: Why there is no figure.
     """
 
@@ -150,6 +152,7 @@ class Speed:
     spread: float = float("nan")
     look: float = float("nan")
     peak: int | None = None
+    held: int | None = None
     planned: int | None = None
     note: str = ""
 
@@ -209,7 +212,8 @@ def _alone(case: Case, blank: Speed, device: torch.device) -> Speed:
 
 def _population(case: Case, contender: Contender, blank: Speed, device: torch.device, judged: int) -> Speed:
     now = clock(device)
-    rows, settings = case.population(blank.precision, device, judged), case.settings(blank.precision, device, 10**6)
+    rows = case.population(blank.precision, device, judged, contender.fuse)
+    settings = case.settings(blank.precision, device, 10**6)
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -231,7 +235,8 @@ def _population(case: Case, contender: Contender, blank: Speed, device: torch.de
         rows=len(rows),
         look=statistics.median(seconds(population.look) for _ in range(3)),
         peak=torch.cuda.max_memory_allocated() if on_gpu else None,
-        planned=sum(row_bytes(row, settings, recorded=contender.graph) for row in rows),
+        held=torch.cuda.max_memory_reserved() if on_gpu else None,
+        planned=sum(row_bytes(row, settings, recorded=contender.graph, fused=contender.fuse) for row in rows),
     )
 
 
@@ -316,18 +321,18 @@ def predict(study: Study, contender: Contender, precision: str, device: torch.de
         yield {"steps": steps, "hours": seconds / 3600, **dataclasses.asdict(speed)}
 
 
-HEAD = f"{'case':20} {'precision':9} {'contender':30} {'rows':>5} {'ms/cand-step':>12} {'/s':>9} {'x':>6} {'GiB':>14}"
+HEAD = f"{'case':20} {'precision':9} {'contender':30} {'rows':>5} {'ms/cand-step':>12} {'/s':>9} {'x':>6} {'GiB':>18}"
 
 
 def line(speed: Speed, base: Speed | None) -> str:
-    """Candidate-steps a second, how often those of `base`, and the memory taken and planned."""
+    """Candidate-steps a second, how often those of `base`, and the memory allocated, held and planned."""
     who = f"{speed.case:20} {speed.precision:9} {speed.contender:30}"
     if speed.note:
         return f"{who} {speed.note}"
     gain = base.candidate_step / speed.candidate_step if base else float("nan")
-    sizes = "/".join("-" if size is None else f"{size / 2**30:.2f}" for size in (speed.peak, speed.planned))
+    sizes = "/".join("-" if size is None else f"{size / 2**30:.2f}" for size in (speed.peak, speed.held, speed.planned))
     each = speed.candidate_step
-    return f"{who} {speed.rows:5} {each * 1e3:12.3f} {1 / each:9.1f} {gain:6.2f} {sizes:>14}"
+    return f"{who} {speed.rows:5} {each * 1e3:12.3f} {1 / each:9.1f} {gain:6.2f} {sizes:>18}"
 
 
 class Record:

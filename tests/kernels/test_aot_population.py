@@ -1,25 +1,51 @@
-"""The kernels of `composer_search.population` at MAD's widths, compiled ahead of time: no spills, nothing too large."""
+"""The kernels of `composer_search.population` at MAD's widths, compiled ahead of time: no spills, or next to none."""
 
 import pytest
 import torch
 
-from composer_search.population.kernels import adamw, attention, cross_entropy, mlp, residual
+from composer_search.population.kernels import (
+    adamw,
+    attention,
+    attention_long,
+    attention_parts,
+    attention_short,
+    cross_entropy,
+    mlp,
+    residual,
+)
 
 BF16, FP32, I64 = torch.bfloat16, torch.float32, torch.int64
-ATTENTION = (BF16, FP32, FP32, FP32)
+HIDDEN = 128
 
 
-@pytest.mark.parametrize("length", [32, 128, 256])
-def test_attention(length, compile_ahead):
-    sizes = ["i32:16", "i32:16", "fp32"]
-    positions, warps = attention.default_launch(length, backward=False)
-    types = [*ATTENTION, BF16, FP32, *sizes]
-    found = compile_ahead(attention._forward_kernel, 90, types, (16, 8, 16, positions, "ieee"), num_warps=warps)
-    assert found["spilled_bytes"] == 0
-    positions, warps = attention.default_launch(length, backward=True)
-    constants = (16, 8, 16, positions, positions >= length, "ieee")
-    types = [*ATTENTION, BF16, BF16, FP32, BF16, FP32, *sizes, "fp32"]
-    assert compile_ahead(attention._backward_kernel, 90, types, constants, num_warps=warps)["spilled_bytes"] == 0
+@pytest.mark.parametrize(
+    ("architecture", "length", "width", "dtype", "precision"),
+    [
+        *((architecture, length, 8, BF16, "ieee") for architecture in (80, 90, 100) for length in (16, 32, 64, 272)),
+        *((90, length, width, BF16, "ieee") for length in (64, 272) for width in (16, 32)),
+        *((90, length, width, FP32, "ieee") for length, width in ((32, 8), (32, 16), (272, 8), (272, 16))),
+        *((90, length, 32, FP32, "tf32") for length in (32, 272)),
+    ],
+    ids=str,
+)
+def test_attention(architecture, length, width, dtype, precision, compile_ahead):
+    form = attention.form(length, dtype)
+    launch = form.default_launch(length, width, dtype)
+    constants = [HIDDEN // width, *attention_parts.channels(width).values(), launch.positions]
+    if form is attention_long:
+        constants.append(attention_long.PREPARED_NUMBERS // constants[2])
+        both = [dtype, FP32, FP32, FP32, dtype, dtype, FP32, *["i32:16"] * 3, "fp32"]
+        back = [dtype, FP32, FP32, dtype, dtype, FP32, FP32, FP32, dtype, FP32, "i32:16", "i32:16", "fp32"]
+    else:
+        assert form is attention_short
+        both = [dtype, FP32, FP32, FP32, dtype, FP32, "i32:16", "i32:16", "fp32"]
+        back = [dtype, FP32, FP32, FP32, dtype, dtype, FP32, dtype, FP32, "i32:16", "i32:16", "fp32", "fp32"]
+    for kernel, types in ((form._forward_kernel, both), (form._backward_kernel, back)):
+        options = {"num_warps": launch.warps, "num_stages": 1}
+        found = compile_ahead(kernel, architecture, types, (*constants, precision), **options)
+        measured = architecture == 90 and width == 8
+        # elsewhere ptxas may keep a few numbers in memory, so that one program more fits a multiprocessor
+        assert found["spilled_bytes"] <= (0 if measured else 32), kernel
 
 
 def test_the_others(compile_ahead):

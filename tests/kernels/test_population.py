@@ -39,22 +39,60 @@ def compare(found, expected, dtype):
         torch.testing.assert_close(own.double() / scale, reference / scale, atol=TOLERANCES[dtype], rtol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("length", "heads", "width"),
-    [(1, 2, 8), (15, 3, 8), (32, 2, 8), (33, 1, 16), (64, 2, 6), (127, 1, 8), (130, 1, 32), (256, 1, 8)],
-)
-def test_attention(length, heads, width, dtype):
-    """One pass over the whole sequence and several; heads that fill the kernel's channels and that do not."""
-    rows, per_row = 2, 2
-    joint = normal(rows, per_row * length, 3 * heads * width).to(dtype).double().requires_grad_()
-    bias = normal(rows, 3 * heads * width, seed=1, dtype=torch.float32).double().requires_grad_()
-    turns = rotation(length, width, DEVICE)
-    expected = Plain().attend(joint, bias, turns, heads)
-    inputs = [joint.detach().to(dtype).requires_grad_(), bias.detach().float().requires_grad_()]
-    found = Fused("ieee").attend(*inputs, turns, heads)
-    compare([found], [expected], dtype)
-    compare(gradients([found], inputs), gradients([expected], [joint, bias]), dtype)
+def attend(operations, length, heads, width, dtype, *, exact=False):
+    """The mixture and the gradients of projection and bias, computed in `dtype` or from the same inputs in float64."""
+    joint = normal(2, 2 * length, 3 * heads * width, dtype=dtype)
+    bias = normal(2, 3 * heads * width, seed=1, dtype=torch.float32)
+    inputs = [(each.double() if exact else each).requires_grad_() for each in (joint, bias)]
+    mixed = operations.attend(*inputs, rotation(length, width, DEVICE), heads)
+    return [mixed, *gradients([mixed], inputs)]
+
+
+ATTENTIONS = [
+    *((length, 2, 8) for length in (1, 15, 16, 17, 32, 33, 64, 65, 128)),
+    *((length, 1, 8) for length in (127, 200, 272, 288, 300)),
+    *((length, 3, 6) for length in (5, 64, 100)),
+    *((length, 1, 16) for length in (33, 130)),
+    *((length, 1, 32) for length in (20, 70)),
+]
+"""Length, heads and width. One tile and several, full and not; heads that fill the kernel's channels and not."""
+
+
+@pytest.mark.parametrize(("length", "heads", "width"), ATTENTIONS)
+def test_attention_is_as_exact_as_pytorchs(length, heads, width, poisoned, assert_as_good):
+    shape = length, heads, width, torch.bfloat16
+    exact = attend(Plain(), *shape, exact=True)
+    for results in zip(attend(Fused("ieee"), *shape), attend(Plain(), *shape), exact, strict=True):
+        assert_as_good(*results)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize(("length", "heads", "width"), [(1, 2, 8), (32, 2, 8), (33, 2, 6), (65, 2, 8), (100, 1, 32)])
+def test_attention_in_fp32(length, heads, width, precision, poisoned, assert_as_good):
+    shape = length, heads, width, torch.float32
+    exact = attend(Plain(), *shape, exact=True)
+    for found, other, expected in zip(attend(Fused(precision), *shape), attend(Plain(), *shape), exact, strict=True):
+        if precision == "ieee":
+            assert_as_good(found, other, expected)
+        else:  # 10 bits of mantissa, in each of up to three products one after the other
+            assert (found.double() - expected).norm() <= 2e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("length", [32, 200])
+def test_attention_gives_the_same_bits_twice(length):
+    one, two = (attend(Fused("ieee"), length, 2, 8, torch.bfloat16) for _ in range(2))
+    for first, second in zip(one, two, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("length", [20, 100])
+def test_attention_looks_at_no_later_position_and_at_no_other_sequence(length):
+    joint, bias = normal(1, 2 * length, 48).bfloat16(), normal(1, 48, seed=1, dtype=torch.float32)
+    turns, changed = rotation(length, 8, DEVICE), joint.clone()
+    changed[:, length + 13 :] = 100
+    before, after = (Fused("ieee").attend(each, bias, turns, 2) for each in (joint, changed))
+    assert torch.equal(before[:, : length + 13], after[:, : length + 13])
+    assert not torch.equal(before, after)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -91,7 +129,7 @@ def test_mlp(tokens, hidden, inner, whole):
     h = (4 * h).bfloat16()
     exact = [each.double().requires_grad_() for each in (h, *weights)]
     own = [h.clone().requires_grad_(), *(each.float().requires_grad_() for each in weights)]
-    assert fits(h, inner)
+    assert fits(h.dtype, hidden, inner)
     found, expected = Fused("ieee", whole_mlp=whole).mlp(*own), Plain().mlp(*exact)
     compare([found], [expected], torch.bfloat16)
     compare(gradients([found], own), gradients([expected], exact), torch.bfloat16)

@@ -166,9 +166,9 @@ class Fused:
 
     def attend(self, joint: Tensor, bias: Tensor, turns: Tensor, heads: int) -> Tensor:
         """See `Operations.attend`; of long sequences and wide heads PyTorch's own kernels take care."""
-        from composer_search.population.kernels.attention import LONGEST, WIDEST, rotary_attention, tables
+        from composer_search.population.kernels.attention import rotary_attention, tables, takes
 
-        if len(turns) > LONGEST or joint.shape[2] > 3 * heads * WIDEST:
+        if not takes(len(turns), joint.shape[2] // (3 * heads)):
             return Plain().attend(joint, bias, turns, heads)
         if len(turns) not in self._tables:  # kept, since a CUDA graph reads the memory that was there at its capture
             self._tables[len(turns)] = tables(turns)
@@ -179,7 +179,7 @@ class Fused:
         from composer_kernels.swiglu import swiglu
         from composer_search.population.kernels.mlp import fits, mlp
 
-        if self._whole_mlp and fits(h, down.shape[2]):
+        if self._whole_mlp and fits(h.dtype, *down.shape[1:]):
             return mlp(h, up, gain, down)
         return product(swiglu(product(h, up, gain)), down)
 

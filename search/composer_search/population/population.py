@@ -11,10 +11,10 @@ from composer_search.candidate import Candidate
 from composer_search.mad import IGNORE, Counts
 from composer_search.population.feed import Feed, Questions, Row
 from composer_search.population.layout import Layout
+from composer_search.population.memory import judged_at_once
 from composer_search.population.model import GroupedModel, Shape, stack_weights, unstack_weights
 from composer_search.population.operations import Fused, Operations, Plain
 from composer_search.population.optimizer import AdamW, coefficients
-from composer_search.population.plan import judged_at_once
 from composer_search.population.replay import Capture, Replay
 from composer_search.trainer import Course, Precision, TrainResult, TrainSettings, build
 

@@ -11,8 +11,9 @@ import torch
 
 from composer_megatron.errors import ComposerError
 from composer_search.population.feed import Row
+from composer_search.population.memory import row_bytes
 from composer_search.population.operations import fits_kernels
-from composer_search.population.plan import chunks, free_bytes, row_bytes, rows_at_once
+from composer_search.population.plan import chunks, free_bytes, rows_at_once
 from composer_search.population.population import Population
 from composer_search.population.replay import Capture, cuda_graph
 from composer_search.trainer import TrainResult, TrainSettings, choose_device, matmul_precision
@@ -23,12 +24,21 @@ Prune = Callable[[int, Mapping[int, float]], Collection[int]]
 """Given the steps done and the latest validation accuracy of each row still in training, by its place in `rows`: which
 to drop."""
 
+Finished = Callable[[Mapping[int, TrainResult]], None]
+"""Given the results of a chunk, by their rows' places in `rows`, as soon as it is over."""
+
 REGROUP_SHARE = 1 / 8
 """Where steps are recorded, the part of the rows that has to be over before the others are recorded anew without."""
 
 
 def train_population(
-    rows: Sequence[Row], settings: TrainSettings, *, prune: Prune | None = None, fuse: bool | None = None
+    rows: Sequence[Row],
+    settings: TrainSettings,
+    *,
+    prune: Prune | None = None,
+    fuse: bool | None = None,
+    at_most: int | None = None,
+    finished: Finished | None = None,
 ) -> list[TrainResult]:
     """Train all rows, as many at once as are of one kind and fit in memory.
 
@@ -45,6 +55,8 @@ def train_population(
             memory has not sufficed.
         fuse: Run what lies between the matrix products in kernels of our own; without it they run on a GPU, unless the
             precision is float64.
+        at_most: Rows of a chunk, which are trained together; None for as many as are worth it and fit.
+        finished: Called after each chunk, to keep what would be lost with the others in an interruption.
 
     Returns:
         A result for each row, in their order. `by_rate` holds the row's own rate; `composer_search.trainer.best_rate`
@@ -60,7 +72,8 @@ def train_population(
     results: dict[int, TrainResult] = {}
     with matmul_precision(settings.precision):
         for places in by_kind(rows, settings):
-            trainer = _Trainer(settings, device, prune, fuse, rows_at_once([rows[i] for i in places], settings, device))
+            fitting = rows_at_once([rows[i] for i in places], settings, device, fuse)
+            trainer = _Trainer(settings, device, prune, fuse, min(fitting, at_most or fitting), finished)
             results |= trainer.train(rows, places)
     return [results[place] for place in range(len(rows))]
 
@@ -99,6 +112,7 @@ class _Trainer:
     prune: Prune | None
     fuse: bool
     at_once: int
+    finished: Finished | None = None
 
     def train(self, rows: Sequence[Row], places: Sequence[int]) -> dict[int, TrainResult]:
         """The results of the rows at these places.
@@ -112,13 +126,17 @@ class _Trainer:
             now = [left[i] for i in chunks(len(left), together)[0]]
             problem = ""
             try:
-                results |= self._together(rows, now)
+                over = self._together(rows, now)
             except RuntimeError as error:
                 problem = _out_of_memory(error)
                 if not problem:
                     raise
             if problem:  # out of the handler, which keeps the failed step's tensors
                 self._retreat(rows[now[0]], problem)
+                continue
+            results |= over
+            if self.finished:
+                self.finished(over)
         return results
 
     def _together(self, rows: Sequence[Row], places: Sequence[int]) -> dict[int, TrainResult]:
@@ -161,7 +179,8 @@ class _Trainer:
         gc.collect()
         torch.cuda.empty_cache()
         if self.at_once == 1:
-            needs, free = (size / 2**30 for size in (row_bytes(row, self.settings), free_bytes(self.device)))
+            needed = row_bytes(row, self.settings, fused=self.fuse)
+            needs, free = (size / 2**30 for size in (needed, free_bytes(self.device)))
             raise ComposerError(
                 f"{self.device} has no memory for a single row of {row.sequence}: about {needs:.1f} GiB are needed and "
                 f"{free:.1f} GiB are free; lower batch_size={self.settings.batch_size} or the widths ({problem})"

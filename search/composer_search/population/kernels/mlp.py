@@ -106,10 +106,9 @@ def _backward_kernel(
     _store(dh_ptr + row * tokens * HIDDEN, dh, token, tokens, 0, HIDDEN, HIDDEN)
 
 
-def fits(h: Tensor, inner: int) -> bool:
+def fits(dtype: torch.dtype, hidden: int, inner: int) -> bool:
     """Whether these kernels can: bf16, a power of two of channels that a tile can hold, whole chunks of the MLP's."""
-    hidden = h.shape[2]
-    return h.dtype == torch.bfloat16 and hidden in (16, 32, 64, 128) and inner % CHUNK == 0
+    return dtype == torch.bfloat16 and hidden in (16, 32, 64, 128) and inner % CHUNK == 0
 
 
 def launch_forward(h: Tensor, up: Tensor, down: Tensor) -> Tensor:
