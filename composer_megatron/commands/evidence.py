@@ -105,6 +105,34 @@ def evidence_agreement(
     _show_exhibit(ranks.exhibit(found), values, agreement_figure(found), output, json)
 
 
+def evidence_standing(
+    study: Positional[Path],
+    sequences: Positional[tuple[str, ...]] = (),
+    *,
+    others: Path | None = None,
+    seed: int = 0,
+    output: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Where do given sequences stand among the candidates of a study?
+
+    Args:
+        study: Folder of a study.
+        sequences: Such as 2A4M, or the aggregate.json of a study; the study's best is shown in any case.
+        others: Folder of a study made with search --only, of sequences that the search itself did not try.
+        seed: Of the resampling.
+        output: The page with the figure; by default STUDY/evidence/standing.html.
+        json: Print one JSON object for programs instead of text.
+    """
+    from composer_search.evidence.standing import standing
+    from composer_search.report.evidence import standing_figure
+
+    named = [("" if "." not in each else Path(each).stem, read_sequence(each)) for each in sequences]
+    found = standing(study, named, others=others, seed=seed)
+    output = output or study / "evidence" / "standing.html"
+    _show_exhibit(found.exhibit(), found.as_dict(), standing_figure(found), output, json)
+
+
 def evidence_ablation(
     study: Positional[Path],
     *,

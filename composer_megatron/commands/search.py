@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
 
-from composer_megatron.commands.options import Several, read_overrides
+from composer_megatron.commands.options import Several, read_overrides, read_sequence
 from composer_megatron.display import console, print_json
 from composer_megatron.errors import ComposerError, UsageError
 
@@ -40,6 +44,10 @@ def search(
     halving: int = 0,
     seeds: int | None = None,
     seed: int = 0,
+    only: Several = (),
+    trainings: Path | None = None,
+    at_once: int | None = None,
+    max_minutes: float | None = None,
     workers: int | None = None,
     executor: Literal["local", "ray"] = "local",
     live: bool = False,
@@ -77,6 +85,13 @@ def search(
         halving: Rungs of successive halving within a batch; 0 for none.
         seeds: Training runs a candidate, whose mean is the score; by default the preset's number.
         seed: Seed of data, weights and proposals.
+        only: A sequence to score in place of a search, such as a known design, or the JSON file of an aggregate; may be
+            given often.
+        trainings: File where finished trainings are kept and found again; studies may share it. By default
+            trainings.jsonl in the study.
+        at_once: Trainings after which those are in that file, the most that a kill can cost; by default as many as
+            train together.
+        max_minutes: End after so long, in good order; the same command again goes on.
         workers: Batches at once, one process and one thread each; by default one a GPU, or without GPUs one a core, at
             most 8; 0 for none, in this process.
         executor: local, or ray for workers of a Ray cluster, whose address is in RAY_ADDRESS.
@@ -117,9 +132,13 @@ def search(
         shape=text_shape,
         halving=halving,
         seeds=seeds,
+        only=tuple(str(read_sequence(source)) for source in only),
     )
     show = live_view if live else progress_bar
-    with show(Console(stderr=True, highlight=False) if json else console) as progress:
+    with (
+        _ending_after(max_minutes, study),
+        show(Console(stderr=True, highlight=False) if json else console) as progress,
+    ):
         found = run_search(
             settings,
             study,
@@ -127,6 +146,8 @@ def search(
             executor=executor,
             progress=progress,
             cache_dir=study / "cache",
+            ledger=trainings,
+            at_once=at_once,
         )
     best = found.best
     if best is None or best.score is None:
@@ -136,6 +157,38 @@ def search(
     else:
         value = f", value {best.objective['value']:.4f}" if "value" in best.objective else ""
         console.print(f"best of {len(found.completed)}: {best.sequence} with {best.score:.4f}{value}; all in {study}")
+
+
+class _TimeIsUp(BaseException):
+    """Ends a search; no handler of the errors of a trial may catch it."""
+
+
+@contextlib.contextmanager
+def _ending_after(minutes: float | None, study: Path) -> Iterator[None]:
+    """End what runs inside after so many minutes, and then the program, with exit status 0.
+
+    Raises:
+        UsageError: If `minutes` is not above 0.
+    """
+    if minutes is None:
+        yield
+        return
+    if not 0 < minutes < math.inf:
+        raise UsageError(f"--max-minutes {minutes}; expected more than 0")
+
+    def end(*_: object) -> None:
+        raise _TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        yield
+    except _TimeIsUp:
+        console.print(f"{minutes:g} minutes are over; the same command goes on with {study}", markup=False)
+        raise SystemExit(0) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def watch(study: Positional[Path], *, seconds: float = 1.0) -> None:

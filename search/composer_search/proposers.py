@@ -38,7 +38,7 @@ class Proposal:
     Attributes:
         trial: The new trial's number.
         sequence: The sequence.
-        proposer: Who chose it: ``sobol``, ``bayesian``, ``exhaustive``, ``random`` or ``evolution``.
+        proposer: Who chose it: ``sobol``, ``bayesian``, ``exhaustive``, ``random``, ``evolution`` or ``listed``.
         note: What went wrong where another proposer had to step in.
         snapshot: The state that it was computed from, for the study's `ax.json`; of some proposals.
     """
@@ -83,6 +83,8 @@ def make_proposer(settings: StudySettings) -> Proposer:
         raise UsageError(f"batch={settings.batch}; expected at least 1 trial")
     settings.criteria.check(settings.space)
     region = Region(settings.space, settings.criteria)
+    if settings.proposer == "listed":
+        return ListedProposer.of(region, settings.only)
     if settings.proposer == "random":
         return RandomProposer(region, settings.seed)
     if settings.proposer == "exhaustive":
@@ -95,19 +97,21 @@ def make_proposer(settings: StudySettings) -> Proposer:
 
         return EvolutionProposer(region, settings.seed, settings.initial)
     if settings.proposer == "bayesian":
-        require_search_packages()
+        require_search_packages("ax" if settings.criteria.plain else "botorch")
         if settings.criteria.plain:
             return BayesianProposer(settings.space, settings.seed, settings.initial)
         from composer_search.botorch_proposer import BotorchProposer
 
         return BotorchProposer(region, settings.seed, settings.initial)
-    raise UsageError(f"unknown proposer {settings.proposer!r}; expected bayesian, exhaustive, random or evolution")
+    raise UsageError(
+        f"unknown proposer {settings.proposer!r}; expected bayesian, exhaustive, random, evolution or listed"
+    )
 
 
-def require_search_packages() -> None:
-    """Raise a `ComposerError` that says what to install where Ax or BoTorch is missing."""
-    if any(importlib.util.find_spec(name) is None for name in ("ax", "botorch")):
-        raise ComposerError('a Bayesian search needs Ax: pip install "composer-megatron[search]"')
+def require_search_packages(*names: str) -> None:
+    """Raise a `ComposerError` that says what to install where one of Ax and BoTorch that is needed is missing."""
+    if any(importlib.util.find_spec(name) is None for name in names or ("ax", "botorch")):
+        raise ComposerError('a Bayesian search needs Ax and BoTorch: pip install "composer-megatron[search]"')
 
 
 def propose_batch(
@@ -160,6 +164,36 @@ class ExhaustiveProposer:
         left = (rank for rank in order if rank not in tried and self.region.allows(space.at(rank)))
         rank = next(left, None)
         return None if rank is None else Proposal(number, space.at(rank), "exhaustive")
+
+    def snapshot(self, trials: Sequence[Trial]) -> None:
+        """There is no state."""
+
+
+@dataclass(frozen=True)
+class ListedProposer:
+    """The sequences of a list, in its order: known designs, to be scored as a search scores its candidates."""
+
+    sequences: tuple[CompositeSequence, ...]
+
+    @classmethod
+    def of(cls, region: Region, sequences: Sequence[CompositeSequence]) -> ListedProposer:
+        """The proposer of these sequences.
+
+        Raises:
+            UsageError: If the list is empty, or a sequence is not of the space or breaks a constraint.
+        """
+        if not sequences:
+            raise UsageError("a list of no sequences; give at least one")
+        for sequence in sequences:
+            if sequence not in region.space:
+                raise UsageError(f"{sequence} is not of {region.space}; all of a list have the length of the search")
+            if not region.allows(sequence):
+                raise UsageError(f"{sequence} breaks a constraint; leave it out, or the constraint")
+        return cls(tuple(sequences))
+
+    def propose(self, trials: Sequence[Trial], running: Sequence[Proposal], number: int) -> Proposal | None:
+        """The sequence of that number."""
+        return Proposal(number, self.sequences[number], "listed") if number < len(self.sequences) else None
 
     def snapshot(self, trials: Sequence[Trial]) -> None:
         """There is no state."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from composer_megatron.errors import UsageError
+from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import load_shape
 from composer_search.constraints import Criteria
 from composer_search.effort import effort
@@ -63,6 +64,7 @@ class SearchSettings:
         seq_len: Tokens of a sequence, for FLOPs and times.
         device: GPU that times are predicted for.
         profile: File of ``composer-megatron profile`` for the target shape: throughput and prefill are measured then.
+        only: Sequences to score in place of a search, such as known designs; the budget is then their number.
         seed: Of the proposals, the data and the weights.
         evaluator: A name of `composer_search.evaluators.EVALUATORS`.
         overrides: Settings of it to change, by name (`composer_search.evaluators.preset`).
@@ -90,6 +92,7 @@ class SearchSettings:
     seq_len: int = 4096
     device: str = "h100"
     profile: Path | str | None = None
+    only: Sequence[str] = ()
     seed: int = 0
     evaluator: str = "demo"
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -121,19 +124,24 @@ class SearchSettings:
         """The settings in full, as a study keeps them."""
         space, criteria, incremental = Space(self.primitives, self.length), self.criteria, self.strategy != "one-shot"
         searched = self.step if incremental else self.length
-        whole = not incremental and Region(space, criteria).size <= self.budget
+        only = tuple(dict.fromkeys(CompositeSequence.parse(text) for text in self.only))
+        if only and incremental:
+            raise UsageError(f"only: a list of sequences has no steps; leave strategy={self.strategy!r} out")
+        budget = len(only) or self.budget
+        whole = not incremental and Region(space, criteria).size <= budget
         return StudySettings(
             space=space,
-            proposer="exhaustive" if whole else self.proposer,
+            proposer="listed" if only else "exhaustive" if whole else self.proposer,
             initial=max(5, searched) if self.initial is None else self.initial,
             seed=self.seed,
-            budget=self.budget,
+            budget=budget,
             evaluator=evaluator.describe(),
             batch=self.batch,
             criteria=criteria,
             strategy=self.strategy,
             step=self.step if incremental else 0,
             width_scaling=self.width_scaling,
+            only=only,
         )
 
 
@@ -146,6 +154,8 @@ def search(
     progress: Progress | None = None,
     evaluator: Evaluator | None = None,
     cache_dir: Path | None = None,
+    ledger: Path | None = None,
+    at_once: int | None = None,
 ) -> Study:
     """Search, or go on with the search in that folder; return the study when the budget is spent.
 
@@ -161,6 +171,10 @@ def search(
         progress: Called when a trial starts or ends.
         evaluator: Used instead of the one that the settings name.
         cache_dir: Folder where generated MAD data are kept; None generates them in each worker.
+        ledger: File of finished trainings, which studies may share; None for ``trainings.jsonl`` in the study. Like
+            `at_once`, of evaluators on MAD tasks alone.
+        at_once: Trainings after which those go to the ledger, the most that an interruption costs; None for as many as
+            train together.
 
     Raises:
         UsageError: If a setting is wrong, or the study was made with others.
@@ -169,7 +183,7 @@ def search(
     if workers < 0:
         raise UsageError(f"workers={workers}; expected 0 (in this process) or more")
     if evaluator is None:
-        evaluator = _named_evaluator(settings, Path(study_path), cache_dir)
+        evaluator = _named_evaluator(settings, Path(study_path), cache_dir, ledger, at_once)
     whole = _fitting(evaluator, settings, settings.length)  # refuses what it cannot do before there is a folder
     wanted = settings.study_settings(whole if settings.strategy == "one-shot" else evaluator)
 
@@ -189,10 +203,14 @@ def search(
     return study
 
 
-def _named_evaluator(settings: SearchSettings, study_path: Path, cache_dir: Path | None) -> Evaluator:
+def _named_evaluator(
+    settings: SearchSettings, study_path: Path, cache_dir: Path | None, ledger: Path | None, at_once: int | None
+) -> Evaluator:
     """The evaluator that the settings name; successive halving keeps its own log beside the trials."""
-    from composer_search.evaluators import make_evaluator
+    from composer_search.evaluators import PRESETS, make_evaluator
 
+    if ledger is None and settings.evaluator in PRESETS:
+        ledger = study_path / "trainings.jsonl"
     seeds = {"seed": settings.seed} | ({} if settings.seeds is None else {"seeds": settings.seeds})
     return make_evaluator(
         settings.evaluator,
@@ -201,6 +219,8 @@ def _named_evaluator(settings: SearchSettings, study_path: Path, cache_dir: Path
         cache_dir=cache_dir,
         halving=settings.halving,
         log=study_path / "rungs.jsonl" if settings.halving else None,
+        ledger=ledger,
+        at_once=at_once,
         **{**settings.overrides, **seeds},
     )
 

@@ -33,7 +33,7 @@ class StudySettings:
 
     Attributes:
         space: What is searched.
-        proposer: ``bayesian``, ``exhaustive``, ``random`` or ``evolution``.
+        proposer: ``bayesian``, ``exhaustive``, ``random``, ``evolution`` or ``listed``.
         initial: Quasi-random trials before the first Bayesian one, and the population of an evolution.
         seed: Of the proposer.
         budget: Trials in all, failed ones included; of an incremental search, trials of a step. The one setting that
@@ -44,6 +44,7 @@ class StudySettings:
         strategy: ``one-shot``, ``end`` or ``middle``.
         step: Blocks that a step of an incremental search adds; 0 for one-shot.
         width_scaling: Whether candidates are as wide, in proportion to their depth, as the target.
+        only: What the proposer ``listed`` tries, in that order.
     """
 
     space: Space
@@ -57,14 +58,15 @@ class StudySettings:
     strategy: str = "one-shot"
     step: int = 0
     width_scaling: bool = False
+    only: tuple[CompositeSequence, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as they stand in `study.json`."""
-        proposer = {"name": self.proposer, "initial": self.initial, "seed": self.seed, "batch": self.batch}
+        only = {"only": [str(each) for each in self.only]} if self.only else {}
         return {
             "space": self.space.as_dict(),
             "strategy": {"name": self.strategy, "step": self.step, "width_scaling": self.width_scaling},
-            "proposer": proposer,
+            "proposer": {"name": self.proposer, "initial": self.initial, "seed": self.seed, "batch": self.batch} | only,
             **self.criteria.as_dict(),
             "evaluator": dict(self.evaluator),
             "budget": self.budget,
@@ -90,6 +92,7 @@ class StudySettings:
             strategy=strategy["name"],
             step=strategy["step"],
             width_scaling=strategy.get("width_scaling", False),
+            only=tuple(CompositeSequence.parse(text) for text in proposer.get("only", ())),
         )
 
 
@@ -100,7 +103,7 @@ class Trial:
     Attributes:
         trial: Number in the study, from 0, in the order of proposal; the log is in the order of completion.
         sequence: The candidate.
-        proposer: Who proposed it: ``sobol``, ``bayesian``, ``exhaustive``, ``random`` or ``evolution``.
+        proposer: Who proposed it, as in `composer_search.proposers.Proposal`.
         seconds: Time its evaluation took.
         finished: When it ended, ISO 8601.
         score: Its accuracy; None for a failed trial.
@@ -135,10 +138,7 @@ class Trial:
 
     @property
     def value(self) -> float | None:
-        """What it is ranked by: the value of the objective, its first goal's where it has several; None if it failed.
-
-        A plain objective's value is the score.
-        """
+        """What it is ranked by: the objective's value or first goal, of a plain one the score; None if it failed."""
         return self.objective.get("value", self.objective.get("goal_1", self.score)) if self.completed else None
 
     def as_dict(self) -> dict[str, Any]:

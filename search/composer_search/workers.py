@@ -11,6 +11,7 @@ Where candidates are trained on a GPU and there are several, the workers share t
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -29,6 +30,8 @@ from composer_search.evaluation import BatchEvaluator, Evaluation, Evaluator, ru
 from composer_search.proposers import Proposal
 
 Executor = Literal["local", "ray"]
+
+log = logging.getLogger(__name__)
 
 _READY = "ready"
 
@@ -279,8 +282,11 @@ def evaluate_batch(evaluator: Evaluator, sequences: Sequence[CompositeSequence])
     if len(sequences) > 1 and isinstance(evaluator, BatchEvaluator):
         start = time.perf_counter()
         evaluations: list[Evaluation] = []
-        with contextlib.suppress(Exception):  # one by one below it shows which of them cannot be evaluated, and why
+        try:
             evaluations = evaluator.evaluate_many(sequences)
+        except Exception as error:  # one by one below it shows which of them cannot be evaluated, and why
+            reason = f"{type(error).__name__}: {error}"
+            log.warning("%d sequences could not be evaluated together, now each alone: %s", len(sequences), reason)
         if len(evaluations) == len(sequences):
             seconds = (time.perf_counter() - start) / len(sequences)
             yield from (Outcome(seconds, evaluation) for evaluation in evaluations)

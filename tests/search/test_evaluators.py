@@ -105,9 +105,11 @@ def test_company_does_not_change_a_score_and_order_is_kept():
 def test_a_whole_candidate_trains_the_grid_once_and_the_choice_for_the_other_seeds(monkeypatch):
     trained = []
 
-    def population(rows, settings):
+    def population(rows, settings, at_most, finished):
         trained.append([(row.sequence.letters, row.learning_rate, row.weight_decay, row.seed) for row in rows])
-        return [TrainResult(row.learning_rate, 0.5, row.learning_rate, 1, (), ((1, 0.5),)) for row in rows]
+        found = [TrainResult(row.learning_rate, 0.5, row.learning_rate, 1, (), ((1, 0.5),)) for row in rows]
+        finished(dict(enumerate(found)))
+        return found
 
     monkeypatch.setattr(mad, "train_population", population)
     settings = preset("smoke", tasks="memorization", seeds=3, learning_rates=(0.1, 0.2), weight_decays=(0.0, 0.1))

@@ -180,6 +180,16 @@ def test_agreement_is_of_the_common_candidates_and_beats_size_or_not():
     assert "to beat" in agreements.size_agreement(target).verdict
 
 
+def test_where_the_smallest_are_the_best_the_verdict_says_so():
+    """Attention is good here, and an MLP is the bigger block: the count turned round ranks almost perfectly."""
+    share = np.array([each.count("A") / len(each) for each in EVERY])
+    noisy, exact = make(worth=share, noise=0.35, name="noisy"), make(worth=share, noise=0.01, name="exact")
+    (found,) = agreements.compare(noisy, exact)[:1]
+    assert found.by_parameters.value < -0.9 and "not than the parameter count turned round" in found.verdict
+    (found,) = agreements.compare(make(worth=-share, noise=0.35), make(worth=-share, noise=0.01, name="exact"))[:1]
+    assert found.by_parameters.value > 0.9 and "turned round" not in found.verdict
+
+
 def test_agreement_says_what_is_not_enough():
     scores = make()
     with pytest.raises(UsageError, match=r"no sequence is in both: made holds 16 of 4 blocks"):

@@ -283,6 +283,37 @@ def test_impossible_searches_are_named(changes, message):
         make_proposer(settings_for(**changes))
 
 
+def test_a_list_is_tried_in_its_order_and_then_nothing():
+    listed = tuple(CompositeSequence(letters) for letters in ("MAMA", "AAAA", "AAMM"))
+    proposer = make_proposer(settings_for(proposer="listed", only=listed, budget=3))
+    assert tuple(each.sequence for each in propose_batch(proposer, [], [], range(8))) == listed
+    assert StudySettings.from_dict(settings_for(proposer="listed", only=listed).as_dict()).only == listed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "a list of no sequences"),
+        ({"only": (CompositeSequence("AAM"),)}, "2A1M is not of 4 blocks"),
+        ({"only": (CompositeSequence("AAAA"),), "constraint": "attention <= 1/2"}, "4A breaks a constraint"),
+    ],
+)
+def test_a_list_that_does_not_fit_the_search_is_refused(changes, message):
+    if constraint := changes.pop("constraint", None):
+        changes["criteria"] = criteria("accuracy", constraint)
+    with pytest.raises(UsageError, match=message):
+        make_proposer(settings_for(proposer="listed", **changes))
+
+
+def test_without_ax_a_mix_is_searched_by_botorch_alone(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ax" else find(name))
+    mix = settings_for(proposer="bayesian", criteria=criteria("accuracy - 0.2 kv_bytes"))
+    assert isinstance(make_proposer(mix), BotorchProposer)
+    with pytest.raises(ComposerError, match="needs Ax"):
+        make_proposer(settings_for(proposer="bayesian"))
+
+
 def test_without_ax_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ComposerError, match=r'pip install "composer-megatron\[search\]"'):

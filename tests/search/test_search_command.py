@@ -64,6 +64,19 @@ def test_settings_of_the_preset_can_be_changed(tmp_path):
     assert (found["learning_rates"], found["cosine"]) == ([1e-3, 2e-3], True)
 
 
+def test_known_designs_are_scored_in_place_of_a_search(tmp_path, capsys):
+    """From text and from an aggregate's file, with the scores that a search gives them."""
+    searched = {line["sequence"]: line["score"] for line in run(tmp_path / "s")}
+    (tmp_path / "aggregate.json").write_text(json.dumps({"sequence": "2M"}))
+    only = ("--only", "1M1A", "--only", str(tmp_path / "aggregate.json"), "--only", "1M1A")
+    lines = run(tmp_path / "t", *only)
+    assert [line["sequence"] for line in lines] == ["1M1A", "2M"]
+    assert all(line["score"] == searched[line["sequence"]] for line in lines)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "t", "--only", "1M1A")
+    assert stop.value.code == 2 and "other settings" in capsys.readouterr().err
+
+
 def test_a_measured_profile_makes_the_throughput(tmp_path):
     blocks = {letter: Passes(seconds, 2 * seconds) for letter, seconds in (("A", 4.0), ("M", 1.0))}
     ends = Passes(0.5, 1.0), Passes(0.5, 1.0)
@@ -87,6 +100,9 @@ def test_a_measured_profile_makes_the_throughput(tmp_path):
         (("--override", "epoch=3"), 2, "no setting 'epoch'; did you mean 'epochs'"),
         (("--profile", "none.json"), 1, "none.json"),
         (("--objective", "accuracy - latenzy"), 2, "latenzy"),
+        (("--only", "2A4M"), 2, "2A4M is not of 2 blocks"),
+        (("--only", "2A", "--strategy", "end", "--step", "1"), 2, "a list of sequences has no steps"),
+        (("--at-once", "0"), 2, "at_once=0"),
     ],
 )
 def test_mistakes_are_named(options, status, message, tmp_path, capsys):

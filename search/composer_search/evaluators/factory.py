@@ -9,6 +9,7 @@ from typing import Any
 
 from composer_megatron.errors import UsageError
 from composer_search.evaluation import Evaluator
+from composer_search.evaluators.ledger import Ledger
 from composer_search.evaluators.mad import MadEvaluator
 from composer_search.evaluators.presets import PRESETS, nearest, preset
 
@@ -39,6 +40,8 @@ def make_evaluator(
     cache_dir: Path | None = None,
     halving: int = 0,
     log: Path | None = None,
+    ledger: Path | None = None,
+    at_once: int | None = None,
     **overrides: Any,
 ) -> Evaluator:
     """The evaluator of that name with some settings changed.
@@ -50,6 +53,8 @@ def make_evaluator(
         cache_dir: Folder for generated MAD data.
         halving: Rungs of successive halving (`composer_search.fidelity`); 0 or 1 for none.
         log: File where halving keeps what it has measured; without it an interrupted rung is lost.
+        ledger: File of finished trainings on MAD tasks (`composer_search.evaluators.ledger`).
+        at_once: Trainings on MAD tasks after which those go to the ledger; None for as many as train together.
         **overrides: Settings of the evaluator, as `preset` and `text_preset` take them.
 
     Raises:
@@ -57,12 +62,15 @@ def make_evaluator(
     """
     if name not in EVALUATORS:
         raise UsageError(f"unknown evaluator {name!r}{nearest(name, EVALUATORS)}")
-    for option, value, owners in (("text", text, TEXT_PRESETS), ("shape", shape, ("large-text",))):
+    owned = (("text", text, TEXT_PRESETS), ("shape", shape, ("large-text",)))
+    for option, value, owners in (*owned, ("trainings", ledger, PRESETS), ("at_once", at_once, PRESETS)):
         if value and name not in owners:
             raise UsageError(f"{option}={value!r} belongs to the evaluator {' or '.join(owners)}, not to {name}")
     evaluator: MadEvaluator | Any
     if name in PRESETS:
-        evaluator = MadEvaluator(preset(name, **overrides), cache_dir)
+        evaluator = MadEvaluator(
+            preset(name, **overrides), cache_dir, None if ledger is None else Ledger(ledger), at_once
+        )
     else:
         from composer_search.text_evaluator import TextEvaluator, text_preset
 

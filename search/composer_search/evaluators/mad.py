@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from composer_megatron.errors import UsageError
 from composer_megatron.sequence import CompositeSequence
 from composer_search.evaluation import Evaluation, Evaluator
+from composer_search.evaluators.ledger import Ledger, TrainingKey, settings_digest
 from composer_search.evaluators.settings import MadSettings, TaskPlan, width_details
 from composer_search.mad.tasks import find_task
 from composer_search.population import Row, train_population
@@ -38,10 +41,20 @@ class MadEvaluator(Evaluator):
     Args:
         settings: Tasks, widths, budget and seeds.
         cache_dir: Folder for generated data; None generates them anew in each process.
+        ledger: Keeps each finished training, and gives those that it has; None repeats what an interruption lost.
+        at_once: Trainings of a chunk, after which they go to the ledger; None for as many as fit.
     """
 
-    def __init__(self, settings: MadSettings, cache_dir: Path | None = None) -> None:
-        self.settings, self.cache_dir = settings, cache_dir
+    def __init__(
+        self,
+        settings: MadSettings,
+        cache_dir: Path | None = None,
+        ledger: Ledger | None = None,
+        at_once: int | None = None,
+    ) -> None:
+        if at_once is not None and at_once < 1:
+            raise UsageError(f"at_once={at_once}; expected at least 1 training")
+        self.settings, self.cache_dir, self.ledger, self.at_once = settings, cache_dir, ledger, at_once
         self._data: dict[TaskPlan, TaskData] = {}
 
     @property
@@ -50,7 +63,7 @@ class MadEvaluator(Evaluator):
         return self.settings.train.device
 
     def describe(self) -> dict[str, Any]:
-        """All settings as JSON values. Where data are cached is not among them."""
+        """All settings as JSON values. Where data are cached and trainings kept is not among them."""
         settings = self.settings
         trainer = settings.train.describe("steps", "batch_size", "evaluate_every", "device")
         if settings.weight_decays:
@@ -101,7 +114,7 @@ class MadEvaluator(Evaluator):
         return self._with(dataclasses.replace(self.settings, weights=weights))
 
     def _with(self, settings: MadSettings) -> MadEvaluator:
-        return MadEvaluator(settings, self.cache_dir)
+        return MadEvaluator(settings, self.cache_dir, self.ledger, self.at_once)
 
     @property
     def _plans(self) -> tuple[TaskPlan, ...]:
@@ -111,17 +124,17 @@ class MadEvaluator(Evaluator):
         self, trainings: Sequence[_Training], recipes: Callable[[_Training], Sequence[Recipe]]
     ) -> list[TrainResult]:
         """The best result of each training over its recipes."""
+        known = self.ledger.read() if self.ledger else {}
         results: dict[_Training, TrainResult] = {}
         schedules: dict[TrainSettings, list[_Training]] = {}
         for training in dict.fromkeys(trainings):
             schedules.setdefault(self.settings.for_task(training.plan, training.sequence), []).append(training)
         for settings, group in schedules.items():
-            grouped = [training for training in group if set(training.sequence) <= set(GROUPED)]
-            together = [training for training in grouped if self._pays(training.plan)]
-            results |= self._together(together, recipes, settings)
+            runs = _Runs(settings, self.settings.seed, self.ledger, known)
+            together = [each for each in group if set(each.sequence) <= set(GROUPED) and self._pays(each.plan)]
+            self._together([(each, recipe) for each in together for recipe in recipes(each)], runs)
             for training in group:
-                if training not in results:
-                    results[training] = self._in_turn(training, recipes(training), settings)
+                results[training] = self._in_turn(training, recipes(training), runs)
         return [results[training] for training in trainings]
 
     def _pays(self, plan: TaskPlan) -> bool:
@@ -130,30 +143,33 @@ class MadEvaluator(Evaluator):
         tokens = min(plan.batch_size, plan.setting.n_train) * sampler.length
         return tokens <= TOGETHER_ON_CPU or choose_device(self.settings.train.device).type != "cpu"
 
-    def _together(
-        self,
-        trainings: Sequence[_Training],
-        recipes: Callable[[_Training], Sequence[Recipe]],
-        settings: TrainSettings,
-    ) -> dict[_Training, TrainResult]:
+    def _together(self, wanted: Sequence[tuple[_Training, Recipe]], runs: _Runs) -> None:
+        """Train what `runs` does not have yet as one population."""
+        new = [each for each in wanted if runs.find(*each) is None]
         rows = [
-            Row(training.sequence, self._task_data(training.plan), *recipe, training.seed)
-            for training in trainings
-            for recipe in recipes(training)
+            Row(training.sequence, self._task_data(training.plan), *recipe, training.seed) for training, recipe in new
         ]
-        left = iter(train_population(rows, settings) if rows else ())
-        runs = {training: [next(left) for _ in recipes(training)] for training in trainings}
-        return {training: best_rate(found, settings.solved) for training, found in runs.items()}
 
-    def _in_turn(self, training: _Training, recipes: Sequence[Recipe], settings: TrainSettings) -> TrainResult:
-        """As `_together`, one recipe after the other; none is tried after one that solves the task."""
-        runs: list[TrainResult] = []
-        for rate, decay in recipes:
-            own = dataclasses.replace(settings, learning_rates=(rate,), weight_decay=decay)
-            runs.append(train(training.sequence, self._task_data(training.plan), own, training.seed))
-            if runs[-1].validation >= settings.solved:
+        def keep(results: Mapping[int, TrainResult]) -> None:
+            runs.keep({new[place]: result for place, result in results.items()})
+
+        if rows:
+            train_population(rows, runs.settings, at_most=self.at_once, finished=keep)
+
+    def _in_turn(self, training: _Training, recipes: Sequence[Recipe], runs: _Runs) -> TrainResult:
+        """The best recipe's result; what is not there is trained in turn, and nothing after what solves the task."""
+        found: list[TrainResult] = []
+        for recipe in recipes:
+            result = runs.find(training, recipe)
+            if result is None:
+                rate, decay = recipe
+                own = dataclasses.replace(runs.settings, learning_rates=(rate,), weight_decay=decay)
+                result = train(training.sequence, self._task_data(training.plan), own, training.seed)
+                runs.keep({(training, recipe): result})
+            found.append(result)
+            if result.validation >= runs.settings.solved:
                 break
-        return best_rate(runs, settings.solved)
+        return best_rate(found, runs.settings.solved)
 
     def _evaluation(self, sequence: CompositeSequence, results: Mapping[TaskPlan, Sequence[TrainResult]]) -> Evaluation:
         """What the results of each seed, by task, amount to."""
@@ -204,6 +220,54 @@ class _Training:
     sequence: CompositeSequence
     plan: TaskPlan
     seed: int
+
+
+class _Runs:
+    """The results of trainings at their recipes under one schedule: those of the ledger, and new ones, which go there.
+
+    Args:
+        settings: What they are trained with.
+        data_seed: Of their data.
+        ledger: Where new ones are kept.
+        known: What the ledger held.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        data_seed: int,
+        ledger: Ledger | None,
+        known: Mapping[TrainingKey, TrainResult],
+    ) -> None:
+        self.settings = settings
+        self._data_seed, self._ledger, self._known = data_seed, ledger, dict(known)
+        self._digests: dict[TaskPlan, str] = {}
+
+    def find(self, training: _Training, recipe: Recipe) -> TrainResult | None:
+        """The result, if there is one."""
+        return self._known.get(self._key(training, recipe))
+
+    def keep(self, results: Mapping[tuple[_Training, Recipe], TrainResult]) -> None:
+        """Take results; when this returns they are in the ledger."""
+        by_task: dict[str, dict[TrainingKey, TrainResult]] = {}
+        for (training, recipe), result in results.items():
+            by_task.setdefault(training.plan.setting.name, {})[self._key(training, recipe)] = result
+        for task, found in by_task.items():
+            self._known |= found
+            if self._ledger is not None:
+                self._ledger.record(found, task, _device_name(self.settings.device))
+
+    def _key(self, training: _Training, recipe: Recipe) -> TrainingKey:
+        plan = training.plan
+        if plan not in self._digests:
+            self._digests[plan] = settings_digest(plan, self.settings, self._data_seed)
+        return TrainingKey(self._digests[plan], training.sequence.letters, *recipe, training.seed)
+
+
+def _device_name(device: str) -> str:
+    """What the device is, for people."""
+    chosen = choose_device(device)
+    return torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "CPU"
 
 
 def training_seed(seed: int, number: int) -> int:

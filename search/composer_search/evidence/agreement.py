@@ -94,10 +94,16 @@ class Agreement:
         """What the difference to the parameter count says; its interval decides, not its value."""
         chance = self.spearman is None or self.spearman.low is None or self.spearman.low <= 0
         if gain.low is not None and gain.low > 0:
-            return "the proxy ranks better" + (" than that, yet no better than chance" if chance else "")
+            return "the proxy ranks better" + (" than that, yet no better than chance" if chance else self._turned())
         if gain.high is not None and gain.high < 0:
             return "the proxy ranks worse, and is worth nothing here"
         return "no evidence that the proxy ranks better"
+
+    def _turned(self) -> str:
+        """What there is to add where the count ranks as well as the proxy once the smallest comes first."""
+        if self.spearman is None or self.by_parameters is None or -self.by_parameters.value < self.spearman.value:
+            return ""
+        return " than that, yet not than the parameter count turned round, fewest first"
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""

@@ -110,7 +110,8 @@ class Oracle:
         words = f"{first} has the highest mean and wins {self.wins[0]:.0%} of the resamples"
         if most != first:
             words += f"; {most} wins most often, {self.wins.max():.0%}"
-        return (f"{words}. {contenders} sequences win at least one resample in twenty.",)
+        others = "1 sequence wins" if contenders == 1 else f"{contenders} sequences win"
+        return (f"{words}. {others} at least one resample in twenty.",)
 
     def _noise(self) -> tuple[str, ...]:
         spread = (

@@ -51,6 +51,9 @@ class Measured:
         kernels: Our best row of each case beside the best peer's: op, case, name, seconds, fraction, peer, advantage,
             note, gpu.
         ratios: A Composite's tokens/s over Llama's by sequence length, under a name for the legend.
+        carried: The same at other lengths, by the parts of the measured steps, under the same names.
+        explained: What that says, a sentence a curve.
+        gains: Name, length, measured ratio, the carried one and the one at the ceilings; None where there is none.
         ceilings: Of each GPU: copy bandwidth in bytes/s, GEMM rate in FLOP/s.
         sources: One line for each file.
     """
@@ -59,6 +62,9 @@ class Measured:
     inference: Sequence[Row]
     kernels: Sequence[Row]
     ratios: Mapping[str, Sequence[tuple[int, float]]]
+    carried: Mapping[str, Sequence[tuple[int, float]]]
+    explained: Sequence[str]
+    gains: Sequence[tuple[str, int, float, float | None, float | None]]
     ceilings: Mapping[str, Mapping[str, float]]
     sources: Sequence[str]
 
@@ -96,13 +102,17 @@ def _ratio(measured: Measured) -> Markup | Missing:
     curves = {name: points for name, points in measured.ratios.items() if points}
     if not curves:
         return Missing("no Composite was trained beside its Llama")
-    everything = [point for points in curves.values() for point in points]
+    carried = {name: points for name, points in measured.carried.items() if name in curves}
+    everything = [point for points in (*curves.values(), *carried.values()) for point in points]
     x = _octaves(length for length, _ in everything)
     y = Axis.around([ratio for _, ratio in everything] + [1.0])
     marks = [_level(y, 1.0)]
     for number, (name, points) in enumerate(curves.items()):
-        placed = [(x.place(math.log2(length)), 100 - y.place(ratio)) for length, ratio in points]
-        path = "M" + "L".join(f"{left:.3f} {top:.3f}" for left, top in placed)
+        placed, line = (
+            [(x.place(math.log2(length)), 100 - y.place(ratio)) for length, ratio in some]
+            for some in (points, carried.get(name, points))
+        )
+        path = "M" + "L".join(f"{left:.3f} {top:.3f}" for left, top in line)
         marks.append(stretched(path, f"s{number % 6}"))
         for (length, ratio), (left, top) in zip(points, placed, strict=True):
             marks.append(glyph(f"disc s{number % 6}", left, top, f"{name}: x{ratio:.3f} at {length:,} tokens"))
@@ -121,10 +131,29 @@ def _ratio(measured: Measured) -> Markup | Missing:
     )
     keys = [legend_item(element("span", class_=f"key s{number % 6}"), name) for number, name in enumerate(curves)]
     words = (
-        "Attention costs time in proportion to the sequence's length, and a Composite has fewer attention blocks. The "
-        "faster the attention kernel, the smaller the gain; it tends to the ratio of attention blocks."
+        "Discs were measured. A line follows from the parts of those steps: attention's part of a token's time grows "
+        "with the sequence's length, along the straight line through what was measured, and the rest stays. A "
+        "Composite has fewer attention blocks and somewhat more to multiply. The faster attention is beside the rest, "
+        "the smaller the gain at a length; it tends to the ratio of attention's slopes. Measured at one length alone, "
+        "a line lies somewhat too high at greater ones: attention kernels gain speed with length."
     )
-    return element("figure", element("ul", *keys, class_="legend"), drawing, element("figcaption", words))
+    figure = element("figure", element("ul", *keys, class_="legend"), drawing, element("figcaption", words))
+    return join([figure, bullets(measured.explained), _gains(measured)])
+
+
+def _gains(measured: Measured) -> Markup:
+    def cell(value: float | None) -> str:
+        return Markup("–") if value is None else decimal(value, 3)
+
+    columns = [
+        Column("Composite, backend, GPU"),
+        Column("Tokens", numeric=True, meaning="in a sequence"),
+        Column("measured", numeric=True, meaning="tokens/s over Llama's on the same backend"),
+        Column("by the parts", numeric=True, meaning="from the parts of the steps at all lengths with a breakdown"),
+        Column("at the ceilings", numeric=True, meaning="of what both models would take at the GPU's ceilings"),
+    ]
+    rows = [[name, integer(length), *map(cell, figures)] for name, length, *figures in measured.gains]
+    return _tall(table("Measured gains beside those that the parts give", columns, rows, sortable=True))
 
 
 def _octaves(lengths: Iterable[int]) -> Axis:

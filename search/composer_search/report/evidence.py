@@ -12,6 +12,7 @@ from composer_search.evidence.exhibit import Cell, Exhibit
 from composer_search.evidence.growth import Growth
 from composer_search.evidence.oracle import Oracle
 from composer_search.evidence.regret import RegretResult
+from composer_search.evidence.standing import Standing
 from composer_search.report.charts import block_strip, primitive_legend
 from composer_search.report.drawings import Band, Estimate, Mark, bands, forest, scatter
 from composer_search.report.markup import (
@@ -109,6 +110,19 @@ def _rho_forest(found: Sequence[Agreement]) -> Markup:
                 estimates.append(Estimate(name, interval.value, interval.low, interval.high, words))
     label = "; ".join(estimate.words.replace("\n", ": ") for estimate in estimates)
     return forest(estimates, title="Spearman's rho", label=label, through=0.0)
+
+
+def standing_figure(found: Standing) -> Markup:
+    """How far each sequence lies behind the study's best, with intervals over resampled seeds."""
+    estimates = []
+    for place in found.places:
+        name = f"{place.sequence.notation} {place.name}".strip()
+        words = f"{name}\nscore {place.score:.4f}, rank {place.rank} of {found.candidates}, behind {place.behind}"
+        estimates.append(Estimate(name, place.behind.value, place.behind.low, place.behind.high, words))
+    label = "; ".join(estimate.words.replace("\n", ": ") for estimate in estimates)
+    drawing = forest(estimates, title="Score behind the best", label=label, through=0.0)
+    caption = f"Of {found.candidates} candidates with {found.seeds} seeds each; lines: 95 % over resampled seeds."
+    return element("figure", drawing, element("figcaption", caption))
 
 
 def ablation_figure(found: Ablation) -> Markup:
