@@ -228,20 +228,57 @@ def tensors_of(group: Group, index: int) -> tuple[Tensor | None, ...]:
     return group.params[index], group.grads[index], group.exp_avgs[index], group.exp_avg_sqs[index], group.copies[index]
 
 
-def launch_update(
-    groups: Sequence[Group],
-    members: Sequence[tuple[int, int]],
-    scale: Tensor | None,
-    found_inf: Tensor | None,
-    launch: Launch = UPDATE_LAUNCH,
-) -> None:
-    """Run the kernels on tensors of equal types, given by the numbers of their group (ascending) and in it."""
-    param, grad, exp_avg, exp_avg_sq, copy = tensors_of(groups[members[0][0]], members[0][1])
-    assert param is not None
-    for name, scalar in {"scale": scale, "found_inf": found_inf}.items():
-        if scalar is not None and scalar.device != param.device:
-            raise ValueError(f"adamw_step: {name} must be on {param.device}, as the params; given {describe(scalar)}")
-    grads = [_laid_out_as(groups[g].params[i], groups[g].grads[i]) for g, i in members]
+@dataclass(frozen=True)
+class Update:
+    """A launch that updates many tensors of equal types, as often as one likes while they lie where they lay.
+
+    Attributes:
+        device: Where all lie.
+        table: A row for each tensor.
+        grads: Addresses of the gradients.
+        owners: The tensor each program works on.
+        spans: For each group that has tensors here its number, its first row and how many rows it has.
+        constants: Of the kernel.
+        launch: How it is launched.
+        copied: Gradients that were copied first, to be laid out as their parameters.
+    """
+
+    device: torch.device
+    table: Tensor
+    grads: Tensor
+    owners: Tensor
+    spans: tuple[tuple[int, int, int], ...]
+    constants: tuple[Any, ...]
+    launch: Launch
+    copied: tuple[Tensor, ...]
+
+    def run(self, groups: Sequence[Group], scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Update; hyperparameters and numbers of steps may be others than last time."""
+        for name, scalar in {"scale": scale, "found_inf": found_inf}.items():
+            if scalar is not None and scalar.device != self.device:
+                wanted = f"{name} must be on {self.device}, as the params"
+                raise ValueError(f"adamw_step: {wanted}; given {describe(scalar)}")
+        rows = self.spans[-1][1] + self.spans[-1][2]
+        scalars = torch.empty(rows, int(SCALARS), dtype=torch.float32, device=self.device)
+        for number, start, count in self.spans:
+            _launch_prepare(groups[number], self.table, scalars, start, count, found_inf)
+        _update.launch(
+            len(self.owners),
+            (self.table, self.grads, self.owners, scalars, scale, found_inf),
+            (),
+            (),
+            (),
+            self.constants,
+            self.launch.options,
+        )
+
+
+def prepare_update(
+    groups: Sequence[Group], members: Sequence[tuple[int, int]], launch: Launch = UPDATE_LAUNCH
+) -> Update:
+    """The launch for tensors of equal types, given by the numbers of their group (ascending) and in it."""
+    given = [groups[g].grads[i] for g, i in members]
+    grads = [_laid_out_as(groups[g].params[i], grad) for (g, i), grad in zip(members, given, strict=True)]
     programs, first = spread([tensor.numel() for tensor in grads], launch.block * launch.tiles)
     addresses = (_addresses(groups[g], i) for g, i in members)
     rows = (
@@ -249,31 +286,36 @@ def launch_update(
         for where, tensor, start in zip(addresses, grads, first, strict=True)
         for row in (*where, tensor.numel(), start)
     )
-    table = tables.integers(tuple(rows), param)
-    scalars = torch.empty(len(members), int(SCALARS), dtype=torch.float32, device=param.device)
-    start = 0
+    spans, start = [], 0
     for number, found in itertools.groupby(members, key=lambda member: member[0]):
         count = len(list(found))
-        _launch_prepare(groups[number], table, scalars, start, count, found_inf)
+        spans.append((number, start, count))
         start += count
-    dtypes = [None if tensor is None else tensor.dtype for tensor in (param, grad, exp_avg, exp_avg_sq, copy)]
+    tensors = tensors_of(groups[members[0][0]], members[0][1])
+    dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
     on_16 = aligned(grads) and all(aligned(tensors_of(groups[g], i)) for g, i in members)
-    _update.launch(
-        sum(programs),
-        (
-            table,
-            tables.integers(tuple(tensor.data_ptr() for tensor in grads), param),
-            tables.owners(programs, param),
-            scalars,
-            scale,
-            found_inf,
-        ),
-        (),
-        (),
-        (),
+    param = groups[members[0][0]].params[members[0][1]]
+    return Update(
+        param.device,
+        tables.integers(tuple(rows), param),
+        tables.integers(tuple(tensor.data_ptr() for tensor in grads), param),
+        tables.owners(programs, param),
+        tuple(spans),
         (*[None if dtype is None else ELEMENT_TYPES[dtype] for dtype in dtypes], on_16, launch.block, launch.tiles),
-        launch.options,
+        launch,
+        tuple(new for new, old in zip(grads, given, strict=True) if new is not old),
     )
+
+
+def launch_update(
+    groups: Sequence[Group],
+    members: Sequence[tuple[int, int]],
+    scale: Tensor | None,
+    found_inf: Tensor | None,
+    launch: Launch = UPDATE_LAUNCH,
+) -> None:
+    """Run the kernels on the tensors of `prepare_update`."""
+    prepare_update(groups, members, launch).run(groups, scale, found_inf)
 
 
 def _addresses(group: Group, index: int) -> tuple[int, ...]:
@@ -320,6 +362,7 @@ def _launch_prepare(
     )
 
 
+@functools.cache
 def _exact_log(beta: float) -> tuple[float, float]:
     """Logarithm as two fp32 numbers, of which kernels make a float64; for 0 one whose exponential is 0."""
     log = math.log(beta) if beta > 0 else -1e6
@@ -329,25 +372,18 @@ def _exact_log(beta: float) -> tuple[float, float]:
 
 def launch_norm(grads: Sequence[Tensor], launch: Launch = NORM_LAUNCH) -> Tensor:
     """The 2-norm of all elements of tensors that are not empty, on one device, by the kernel; an fp32 scalar."""
-    grads = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
-    alike: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
-    for grad in grads:
-        alike.setdefault((grad.dtype, aligned([grad])), []).append(grad)
+    grads = [grad if grad.is_contiguous() or is_dense(grad) else grad.contiguous() for grad in grads]
+    addresses, sizes = [grad.data_ptr() for grad in grads], [grad.numel() for grad in grads]
+    kinds = [(grad.dtype, address % 16 == 0) for grad, address in zip(grads, addresses, strict=True)]
     elements = launch.block * launch.tiles
-    shares = [spread([grad.numel() for grad in members], elements) for members in alike.values()]
-    squares = torch.empty(sum(sum(programs) for programs, _ in shares), dtype=torch.float32, device=grads[0].device)
+    squares = grads[0].new_empty(sum(-(-size // elements) for size in sizes), dtype=torch.float32)
     start = 0
-    for ((dtype, on_16), members), (programs, first) in zip(alike.items(), shares, strict=True):
-        rows = zip((grad.data_ptr() for grad in members), (grad.numel() for grad in members), first, strict=True)
-        table = tables.integers(tuple(itertools.chain.from_iterable(rows)), squares)
-        _square.launch(
-            sum(programs),
-            (table, tables.owners(programs, squares), squares),
-            (),
-            (start,),
-            (),
-            (ELEMENT_TYPES[dtype], on_16, launch.block, launch.tiles),
-            launch.options,
-        )
-        start += sum(programs)
+    for kind in dict.fromkeys(kinds):
+        members = [index for index, other in enumerate(kinds) if other == kind]
+        programs, first = spread([sizes[index] for index in members], elements)
+        rows = [(addresses[index], sizes[index], begin) for index, begin in zip(members, first, strict=True)]
+        table, owners = tables.integers(tuple(itertools.chain(*rows)), squares), tables.owners(programs, squares)
+        constants = (ELEMENT_TYPES[kind[0]], kind[1], launch.block, launch.tiles)
+        _square.launch(len(owners), (table, owners, squares), (), (start,), (), constants, launch.options)
+        start += len(owners)
     return squares.sum().sqrt()

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from composer_kernels._launch import Kernel, multiprocessors
+from composer_kernels._launch import Kernel, multiprocessors, power_of_2
 
 
 @triton.jit
@@ -193,6 +193,14 @@ class Launch:
         """As `Kernel.launch` takes them."""
         return (("num_warps", self.warps), ("num_stages", self.stages))
 
+    @functools.cached_property
+    def paged_options(self) -> tuple[tuple[str, Any], ...]:
+        """Likewise for a paged cache: Triton counts the stages of the table's entries and of what they lead to alike.
+
+        With 3 of them it has one block of keys on its way behind an entry, as with 2 where there is no table.
+        """
+        return (("num_warps", self.warps), ("num_stages", 2 * self.stages - 1))
+
 
 @functools.cache
 def default_launch(pairs: int, tokens: int, dim: int, itemsize: int, processors: int) -> Launch:
@@ -252,13 +260,13 @@ def launch_decode(
     out = q.new_empty(batch, heads, dim)
     part, lse = out, None
     if launch.splits > 1:
-        part = q.new_empty((batch, launch.splits, heads, dim), dtype=torch.float32)
-        lse = q.new_empty((batch, launch.splits, heads), dtype=torch.float32)
+        part = q.new_empty(batch, launch.splits, heads, dim, dtype=torch.float32)
+        lse = q.new_empty(batch, launch.splits, heads, dtype=torch.float32)
     new_k, new_v = new or (None, None)
     table = lengths if page_table is None else page_table  # stands there unread
     angles = (q, q) if rotation is None else (rotation.cos, rotation.sin)  # likewise
     strides = (0, 0, 0, 0) if new is None else (*new[0].stride()[:2], *new[1].stride()[:2])
-    width = triton.next_power_of_2(dim)
+    width = power_of_2(dim)
     _split.launch(
         batch * kv_heads * launch.splits,
         (q, k_cache, v_cache, new_k, new_v, lengths, table, *angles, part, lse),
@@ -274,7 +282,7 @@ def launch_decode(
             heads // kv_heads,
             dim,
             max(16, width),
-            max(16, triton.next_power_of_2(heads // kv_heads)),
+            max(16, power_of_2(heads // kv_heads)),
             launch.block,
             launch.splits,
             0 if page_table is None else page,
@@ -283,9 +291,9 @@ def launch_decode(
             0 if rotation is None else 2 * rotation.cos.shape[1],
             rotation is not None and rotation.interleaved,
         ),
-        launch.options,
+        launch.options if page_table is None else launch.paged_options,
     )
     if lse is not None:
-        constants = (heads, dim, width, launch.splits, min(32, triton.next_power_of_2(launch.splits)))
+        constants = (heads, dim, width, launch.splits, min(32, power_of_2(launch.splits)))
         _join.launch(batch * heads, (part, lse, out), (), (), (), constants, (("num_warps", 4),))
     return out

@@ -23,14 +23,14 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from composer_kernels._launch import Kernel
+from composer_kernels._launch import Kernel, power_of_2
 
 LOG2_E = math.log2(math.e)
 
@@ -230,8 +230,7 @@ def forward_launch(dim: int, itemsize: int, device: int) -> Launch:
     return shrunk(launch, gpu(device)[1], width * itemsize, 2 * width * itemsize)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What the kernels compute, besides the tensors.
 
     Attributes:
@@ -249,8 +248,7 @@ class Problem:
     scale: float
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """Sizes that all kernels need.
 
     Attributes:
@@ -278,7 +276,7 @@ def shape_of(q: Tensor, k: Tensor, q_starts: Tensor | None, problem: Problem) ->
     """Read the sizes off the tensors."""
     heads, dim = q.shape[-2:]
     group = heads // k.shape[-2]
-    width = max(16, triton.next_power_of_2(dim))
+    width = max(16, power_of_2(dim))
     if q_starts is not None:
         batch = q_starts.shape[0] - 1
         return Shape(batch, problem.q_longest, problem.k_longest, heads, group, dim, width, (0, q.shape[0]))
@@ -294,7 +292,7 @@ def strides_of(tensor: Tensor) -> tuple[int, int, int]:
 
 def empty_statistics(q: Tensor) -> Tensor:
     """One fp32 number a query and head: (b, h, s), or (h, t) for packed tensors."""
-    return torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32, device=q.device)
+    return q.new_empty(*q.shape[:-3], q.shape[-2], q.shape[-3], dtype=torch.float32)
 
 
 _forward = Kernel(_forward_kernel)
@@ -327,7 +325,7 @@ def launch_forward(
     shape = shape_of(q, k, q_starts, problem)
     launch = launch or forward_launch(shape.dim, q.element_size(), q.get_device())
     out, lse = torch.empty_like(q), empty_statistics(q)
-    blocks = triton.cdiv(shape.queries, launch.rows)
+    blocks = -(-shape.queries // launch.rows)
     _forward.launch(
         blocks * shape.heads * shape.batch,
         (q, k, v, out, lse, q_starts, k_starts),

@@ -243,7 +243,7 @@ def launch_backward(
     variant = (
         shape.group, shape.dim, shape.width, problem.causal, problem.window is not None, q_starts is not None,
     )  # fmt: skip
-    blocks = triton.cdiv(shape.queries, first.rows)
+    blocks = -(-shape.queries // first.rows)
     _dq.launch(
         blocks * shape.heads * shape.batch,
         (q, k, v, out, dout, lse, dlse, dq, delta, q_starts, k_starts),
@@ -253,7 +253,7 @@ def launch_backward(
         (*variant, first.rows, first.columns),
         first.options,
     )
-    blocks = triton.cdiv(shape.keys, second.columns)
+    blocks = -(-shape.keys // second.columns)
     _dkdv.launch(
         blocks * (shape.heads // shape.group) * shape.batch,
         (q, k, v, dout, lse, delta, dk, dv, q_starts, k_starts),

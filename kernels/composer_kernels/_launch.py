@@ -30,6 +30,14 @@ def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 3
 
 
+def power_of_2(least: int) -> int:
+    """The smallest power of two that is not below `least`, from 1; in a tenth of the time that Triton's function takes.
+
+    That one serves kernels too, and unwraps their constants.
+    """
+    return 1 << (least - 1).bit_length()
+
+
 def as_rows(x: Tensor) -> tuple[Tensor, int]:
     """A tensor that holds `x` (…, width) as rows of neighbouring elements, and how far apart these begin.
 
@@ -74,19 +82,20 @@ def check_dtypes(op: str, **dtypes: torch.dtype) -> None:
 class Kernel:
     """A Triton kernel that remembers its compiled variants, which saves most of the host time of a launch.
 
-    Triton examines every argument of every launch. Here it does so once for each set of constants and dtypes, and
-    wherever a pointer is not aligned to 16 bytes, a stride is no multiple of 16 or an integer passes 2^31: these
-    decide the code too and are not remembered.
+    Triton examines every argument of every launch. Here it does so once for each set of constants, types and strides;
+    then what it compiled is called as Triton itself calls it in the end. A launch goes through Triton each time where
+    a pointer is not aligned to 16 bytes or a count passes 2^31, since these decide the code too and are not remembered,
+    and where a profiler has hooked itself into launches.
     """
 
     def __init__(self, function: Any) -> None:
         """Wrap what `triton.jit` made.
 
-        Its parameters must be, in this order: pointers, strides, counts (named in `do_not_specialize`), floats,
-        constants.
+        Its parameters must be, in this order: pointers, strides and other integers that decide the code or seldom
+        change, counts (named in `do_not_specialize`), floats, constants.
         """
         self.function = function
-        self._variants: dict[tuple[object, ...], Any] = {}
+        self._variants: dict[tuple[object, ...], tuple[Callable[..., None], Any, Any]] = {}
 
     def launch(
         self,
@@ -103,7 +112,7 @@ class Kernel:
         Args:
             programs: Programs of the one-dimensional grid; with none nothing happens.
             tensors: For the pointers; the first is never None.
-            strides: In elements.
+            strides: And other integers; what is compiled is remembered for these very values.
             counts: Integers whose values do not decide the code.
             floats: Likewise.
             constants: For the `tl.constexpr` parameters.
@@ -112,28 +121,47 @@ class Kernel:
         if programs == 0:
             return
         device = tensors[0].get_device()  # type: ignore[union-attr]
-        if device >= 0 and device != torch.cuda.current_device():
+        if device < 0:
+            values = (*tensors, *strides, *counts, *map(float, floats), *constants)
+            self.function[(programs,)](*values, **dict(options))
+            return
+        if device != torch._C._cuda_getDevice():  # what `torch.cuda.current_device` returns, in a fifth of its time
             with torch.cuda.device(device):
                 self.launch(programs, tensors, strides, counts, floats, constants, options)
             return
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        variant = (device, constants, options, *[None if tensor is None else tensor.dtype for tensor in tensors])
-        low_bits = high_bits = 0
-        for pointer in pointers:
-            low_bits |= pointer or 0
-        for stride in strides:
-            low_bits |= stride
-            high_bits |= stride
-        for count in counts:
-            high_bits |= count
-        regular = device >= 0 and low_bits % 16 == 0 and high_bits < 2**31
-        compiled = self._variants.get(variant) if regular else None
-        if compiled is not None:
-            compiled[(programs, 1, 1)](*pointers, *strides, *counts, *floats, *constants)
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        key = (device, constants, options, strides, *[None if tensor is None else tensor.dtype for tensor in tensors])
+        variant = self._variants.get(key)
+        if variant is not None and _regular(pointers, counts) and not _hooked():
+            run, function, metadata = variant
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            values = (*pointers, *strides, *counts, *floats, *constants)
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *values)
             return
-        compiled = self.function[(programs,)](*tensors, *strides, *counts, *floats, *constants, **dict(options))
-        if regular:
-            self._variants[variant] = compiled
+        values = (*tensors, *strides, *counts, *map(float, floats), *constants)
+        compiled = self.function[(programs,)](*values, **dict(options))
+        if compiled is not None and _regular(pointers, counts):  # None: a hook forbade to compile
+            if len(self._variants) >= _MOST_VARIANTS:
+                self._variants.clear()
+            self._variants[key] = compiled.run, compiled.function, compiled.packed_metadata
+
+
+_MOST_VARIANTS = 1024
+"""Of a kernel: strides can be as many as batches have shapes, and looking a variant up anew is cheap."""
+
+
+def _regular(pointers: list[int], counts: tuple[int, ...]) -> bool:
+    """Whether Triton would compile the same for any other pointers and counts of which this is true."""
+    bits = 0
+    for pointer in pointers:
+        bits |= pointer
+    return bits % 16 == 0 and (not counts or -(2**31) <= min(counts) <= max(counts) < 2**31)
+
+
+def _hooked() -> bool:
+    """Whether someone, such as a profiler, is to be told of launches."""
+    runtime = triton.knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 class _Final(torch.autograd.Function):

@@ -39,7 +39,7 @@ def _load(pointers: tl.tensor, mask: tl.tensor) -> tl.tensor:
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x_ptr: tl.tensor, residual_ptr: tl.tensor | None, weight_ptr: tl.tensor | None, y_ptr: tl.tensor,
-    total_ptr: tl.tensor, rstd_ptr: tl.tensor, x_stride: tl.tensor, residual_stride: tl.tensor, rows: tl.tensor,
+    total_ptr: tl.tensor, rstd_ptr: tl.tensor | None, x_stride: tl.tensor, residual_stride: tl.tensor, rows: tl.tensor,
     eps: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write y = norm(x + residual) · w for a tile of rows; total = x + residual, as it is rounded when stored."""
@@ -57,7 +57,8 @@ def _forward_kernel(
             weight = _load(weight_ptr + col, col < WIDTH)  # before the reduction, which hides its latency
         squares += x * x
     rstd = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / WIDTH + eps)
-    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    if rstd_ptr is not None:
+        tl.store(rstd_ptr + row, rstd, mask=row < rows)
     if BLOCK < WIDTH:
         tl.debug_barrier()  # the totals stored above are read again below
     for start in tl.static_range(0, WIDTH, BLOCK):
@@ -202,13 +203,23 @@ def forward_launch(width: int) -> Launch:
 
 
 @functools.cache
-def backward_launch(width: int) -> Launch:
-    """The backward kernel's launch: tiles of 4096 elements or a row, of which two are in flight."""
+def backward_launch(width: int, size: int = 4) -> Launch:
+    """The backward kernel's launch: two programs a multiprocessor with tiles of 4096 elements, or one with longer rows.
+
+    Each has its next tile on its way; one that is alone has two, where 96 KiB hold them, or else no registers to spare
+    for the weight.
+
+    Args:
+        width: Elements of a row.
+        size: Bytes of an element of all that is read, dy, x and dtotal.
+    """
     if width > 8192:
         return Launch(block=8192, rows=1, warps=16, programs=2)
     block = triton.next_power_of_2(width)
-    rows, small = max(1, 4096 // block), block <= 4096
-    return Launch(block, rows, warps=max(8, block // 512), stages=2, programs=2 if small else 1, pin=small)
+    if block == 8192:
+        narrow = 2 * block * size <= 96 * 1024
+        return Launch(block, rows=1, warps=16, stages=3 if narrow else 2, pin=narrow)
+    return Launch(block, max(1, 4096 // block), warps=8, stages=2, programs=2)
 
 
 _forward = Kernel(_forward_kernel)
@@ -224,7 +235,9 @@ def launch_forward(
     zero_centered: bool,
     out_dtype: torch.dtype,
     launch: Launch | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    *,
+    keep_rstd: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Run the forward kernel.
 
     Args:
@@ -235,17 +248,18 @@ def launch_forward(
         zero_centered: Whether to scale by 1 + weight.
         out_dtype: Of y.
         launch: Instead of the heuristic's.
+        keep_rstd: Whether to return rstd, which backward needs.
 
     Returns:
-        y (…, H) in `out_dtype`, x + residual in the residual's type or None, and rstd (R,) in fp32. Apart from these
-        nothing is allocated, unless `as_rows` must copy.
+        y (…, H) in `out_dtype`, x + residual in the residual's type or None, and rstd (R,) in fp32 or None. Apart from
+        these nothing is allocated, unless `as_rows` must copy.
     """
     width = x.shape[-1]
     launch = launch or forward_launch(width)
     weight = None if weight is None else weight.contiguous()
     rows = x.numel() // width
     y = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
-    rstd = x.new_empty(rows, dtype=torch.float32)
+    rstd = x.new_empty(rows, dtype=torch.float32) if keep_rstd else None
     total = None if residual is None else torch.empty_like(residual, memory_format=torch.contiguous_format)
     x, x_stride = as_rows(x)
     residual_stride = 0
@@ -294,7 +308,8 @@ def launch_backward(
         partial sums (programs, H) are allocated where the weight's gradient is computed.
     """
     width, rows = x.shape[-1], rstd.numel()
-    launch = launch or backward_launch(width)
+    size = dy.element_size() + x.element_size() + (0 if dtotal is None else dtotal.element_size())
+    launch = launch or backward_launch(width, size)
     weight = None if weight is None else weight.contiguous()
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dx_copy = None if copy_dtype is None else torch.empty_like(dx, dtype=copy_dtype)

@@ -25,16 +25,15 @@ def check(
     """
     beside = x.dtype if residual is None else residual.dtype
     check_dtypes(op, x=x.dtype, residual=beside, weight=x.dtype if weight is None else weight.dtype, out=out_dtype)
-    if x.dim() == 0 or x.shape[-1] == 0:
+    width = x.shape[-1] if x.dim() else 0
+    if width == 0:
         raise ValueError(f"{op}: x must be (…, H) with H at least 1; given {describe(x)}")
     if residual is not None and (residual.shape != x.shape or residual.device != x.device):
         raise ValueError(
             f"{op}: residual must have the shape and device of x, {describe(x)}; given {describe(residual)}"
         )
-    if weight is not None and (weight.shape != x.shape[-1:] or weight.device != x.device):
-        raise ValueError(
-            f"{op}: weight must be ({x.shape[-1]},), the width of x, on {x.device}; given {describe(weight)}"
-        )
+    if weight is not None and (weight.shape != (width,) or weight.device != x.device):
+        raise ValueError(f"{op}: weight must be ({width},), the width of x, on {x.device}; given {describe(weight)}")
     if main_grad is not None:
         _check_main_grad(op, x, weight, main_grad)
 
@@ -54,12 +53,19 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, zero_centered: bool, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    zero_centered: bool,
+    out_dtype: torch.dtype,
+    *,
+    keep_rstd: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Give y, x + residual (or None) and rstd, as `launch_forward` does, on any device and in compiled code."""
     # Only compiled code, which must not look inside, pays for an operator: its dispatch takes longer than a launch.
     if not torch.compiler.is_compiling():
-        return _compute_forward(x, residual, weight, eps, zero_centered, out_dtype)
+        return _compute_forward(x, residual, weight, eps, zero_centered, out_dtype, keep_rstd=keep_rstd)
     y, total, rstd = _forward_op(x, residual, weight, eps, zero_centered, out_dtype)
     return y, None if residual is None else total, rstd
 
@@ -101,11 +107,18 @@ def _stand_in(weight: Tensor) -> Tensor | None:
 
 
 def _compute_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, zero_centered: bool, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    zero_centered: bool,
+    out_dtype: torch.dtype,
+    *,
+    keep_rstd: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`launch_forward`, or the same in plain PyTorch where no kernel runs."""
     if runs_kernel(x):
-        return launch_forward(x, residual, weight, eps, zero_centered, out_dtype)
+        return launch_forward(x, residual, weight, eps, zero_centered, out_dtype, keep_rstd=keep_rstd)
     total = None if residual is None else (x.to(wide(x.dtype)) + residual).to(residual.dtype)
     normed = x if total is None else total
     normed = normed.to(wide(normed.dtype))

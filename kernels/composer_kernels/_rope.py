@@ -269,7 +269,7 @@ class Plan(NamedTuple):
 
     def back(self) -> Plan:
         """The plan that undoes this one."""
-        return self._replace(sign=-self.sign)
+        return Plan(*self[:-1], -self.sign)
 
 
 class Tables(NamedTuple):
@@ -305,7 +305,7 @@ def launch_turn(x: Tensor, tables: Tables, plan: Plan, in_place: bool, launch: L
     """Turn a plain tensor (…, heads, d) or a packed one (…, W) into one of the same shape, or itself."""
     if not in_place:
         x = with_neighbours(x)
-    y = x if in_place else x.new_empty(x.shape)
+    y = x if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
     packed = plan.kv_heads > 0
     strides = _packed_strides(x) if packed else (*part_strides(x), 0, 0, 0, 0, 0, 0)
     out = (y, None, None)
@@ -319,10 +319,10 @@ def launch_split(
     """Turn packed (…, W) into query (…, q_heads, d), key and value (…, kv_heads, d); the value a view unless copied."""
     qkv = with_neighbours(qkv)
     lead = qkv.shape[:-1]
-    q = qkv.new_empty((*lead, plan.q_heads, plan.head_dim))
-    k = qkv.new_empty((*lead, plan.kv_heads, plan.head_dim))
+    q = qkv.new_empty(*lead, plan.q_heads, plan.head_dim)
+    k = qkv.new_empty(*lead, plan.kv_heads, plan.head_dim)
     if copy_v:
-        v = qkv.new_empty(k.shape)
+        v = torch.empty_like(k)
     else:  # in one step, which takes the host less time than `value_view`
         group = (plan.q_heads // plan.kv_heads + 2) * plan.head_dim
         start = qkv.storage_offset() + group - plan.head_dim
@@ -335,7 +335,7 @@ def launch_split(
 def launch_join(q: Tensor, k: Tensor, v: Tensor, tables: Tables, plan: Plan, launch: Launch | None = None) -> Tensor:
     """The reverse of `launch_split`: turned query and key, and value, packed."""
     q, k, v = with_neighbours(q), with_neighbours(k), with_neighbours(v)
-    qkv = q.new_empty((*q.shape[:-2], (plan.q_heads + 2 * plan.kv_heads) * plan.head_dim))
+    qkv = q.new_empty(*q.shape[:-2], (plan.q_heads + 2 * plan.kv_heads) * plan.head_dim)
     strides = (*part_strides(q), *part_strides(k), *part_strides(v))
     out = (qkv, None, None)
     _run(qkv.shape, (q, k, v), out, strides, tables, plan, (False, True), False, True, launch)

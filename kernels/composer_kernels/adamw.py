@@ -31,6 +31,7 @@ from torch import Tensor
 
 from composer_kernels._adamw import Group
 from composer_kernels._adamw_op import (
+    Memo,
     check_step,
     compute_norm,
     norm_by_torch,
@@ -118,8 +119,8 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
         TypeError: For an element type that is not accepted.
         ValueError: If the tensors are on several devices.
     """
-    for grad in grads:
-        check_dtypes("grad_norm", grads=grad.dtype)
+    for dtype in {grad.dtype for grad in grads}:
+        check_dtypes("grad_norm", grads=dtype)
     devices = {grad.device for grad in grads}
     if len(devices) > 1:
         raise ValueError(f"grad_norm: grads must be on one device; given {sorted(map(str, devices))}")
@@ -212,6 +213,7 @@ class AdamW(torch.optim.AdamW):
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable)
         self._refuse_amsgrad()
         self.copies = dict(copies or {})
+        self._memo = Memo()
         for param, copy in self.copies.items():
             if copy.stride() != param.stride() or copy.shape != param.shape or copy.device != param.device:
                 wanted = f"the shape, layout and device of its parameter, {describe(param)}"
@@ -249,12 +251,12 @@ class AdamW(torch.optim.AdamW):
             for group in groups:
                 step_compiled(group, scale, found_inf)
         else:
-            update_groups(groups, scale, found_inf)
+            update_groups(groups, scale, found_inf, self._memo)
         return loss
 
     def grad_norm(self) -> Tensor:
         """The norm (`composer_kernels.adamw.grad_norm`) of the gradients that the next step would use."""
-        grads = (self._grad(param) for group in self.param_groups for param in group["params"])
+        grads = [grad for group in self.param_groups for grad in self._given(group["params"])[1]]
         return grad_norm([grad for grad in grads if grad is not None])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -290,38 +292,55 @@ class AdamW(torch.optim.AdamW):
                 "AdamW: amsgrad=True is not supported; accepted is False (torch.optim.AdamW has it)"
             )
 
-    def _grad(self, param: Tensor) -> Tensor | None:
-        if param.grad is None and param in self.copies:
-            return self.copies[param].grad
-        return param.grad
+    def _given(self, params: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """The copies of these parameters, and the gradients: those of the copies where there are no others."""
+        grads = [param.grad for param in params]
+        if not self.copies:
+            return [None] * len(grads), grads
+        copies = [self.copies.get(param) for param in params]
+        for index, grad in enumerate(grads):
+            copy = copies[index]
+            if grad is None and copy is not None:
+                grads[index] = copy.grad
+        return copies, grads
 
     def _ready(self, group: dict[str, Any]) -> Group:
         """The parameters of a group that have a gradient, with their state."""
-        pairs = [(param, self._grad(param)) for param in group["params"]]
-        ready = [(param, grad) for param, grad in pairs if grad is not None]
-        for param, grad in ready:
-            if grad.is_sparse:
-                raise NotImplementedError(f"AdamW: a gradient is sparse, of {describe(param)}; accepted are dense ones")
-            state = self.state[param]
-            if not state and not is_dense(param):
-                strides = f"strides {param.stride()} of {describe(param)}"
-                raise ValueError(f"AdamW: params must be dense (without gaps in memory); given {strides}")
-            if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            for name in ("exp_avg", "exp_avg_sq"):
-                if name not in state:
-                    state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        states = [self.state[param] for param, _ in ready]
+        params = group["params"]
+        copies, given = self._given(params)
+        grads = [grad for grad in given if grad is not None]
+        if len(grads) < len(params):
+            having = [index for index, grad in enumerate(given) if grad is not None]
+            params, copies = ([tensors[index] for index in having] for tensors in (params, copies))
+        states = [self.state[param] for param in params]
+        for index, state in enumerate(states):
+            if grads[index].is_sparse:
+                given_for = describe(params[index])
+                raise NotImplementedError(f"AdamW: a gradient is sparse, of {given_for}; accepted are dense ones")
+            if len(state) < 3:
+                _start(params[index], state)
         return Group(
-            params=[param for param, _ in ready],
-            grads=[grad for _, grad in ready],
+            params=params,
+            grads=grads,
             exp_avgs=[state["exp_avg"] for state in states],
             exp_avg_sqs=[state["exp_avg_sq"] for state in states],
             steps=[state["step"] for state in states],
-            copies=[self.copies.get(param) for param, _ in ready],
+            copies=copies,
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
         )
+
+
+def _start(param: Tensor, state: dict[str, Tensor]) -> None:
+    """Add to a parameter's state what is not there yet."""
+    if not state and not is_dense(param):
+        strides = f"strides {param.stride()} of {describe(param)}"
+        raise ValueError(f"AdamW: params must be dense (without gaps in memory); given {strides}")
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+    for name in ("exp_avg", "exp_avg_sq"):
+        if name not in state:
+            state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)

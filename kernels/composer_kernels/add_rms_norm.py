@@ -18,9 +18,9 @@ Bytes for R rows, x and y in 16 bits:
 On top come 4R for rstd each time, the weight, and 8PH in fp32 for the parts of dweight that the P programs of the
 backward pass write and a last kernel adds up (P is one or two a multiprocessor). The kernels are those of `_norm`.
 
-Memory: y, total and rstd are allocated forward; total, weight and rstd are kept for backward, which allocates dx and
-dresidual (one tensor for both if they have one type, as PyTorch's own addition returns), dweight and the 4PH bytes of
-its parts. Inputs whose rows no single stride can address are copied first.
+Memory: y and total are allocated forward, and rstd where gradients are wanted; total, weight and rstd are kept for
+backward, which allocates dx and dresidual (one tensor for both if they have one type, as PyTorch's own addition
+returns), dweight and the 4PH bytes of its parts. Inputs whose rows no single stride can address are copied first.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _AddRMSNorm(torch.autograd.Function):
         zero_centered: bool,
         main_grad: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        y, total, rstd = forward(x, residual, weight, eps, zero_centered, x.dtype)
+        y, total, rstd = forward(x, residual, weight, eps, zero_centered, x.dtype, keep_rstd=True)
         ctx.save_for_backward(total, weight, rstd)
         ctx.set_materialize_grads(False)
         ctx.zero_centered, ctx.main_grad = zero_centered, main_grad
@@ -98,7 +98,7 @@ def add_rms_norm(
     needs_grad = x.requires_grad or residual.requires_grad or (weight is not None and weight.requires_grad)
     if torch.is_grad_enabled() and needs_grad:
         return _AddRMSNorm.apply(x, residual, weight, eps, zero_centered, main_grad)
-    y, total, _ = forward(x, residual, weight, eps, zero_centered, x.dtype)
+    y, total, _ = forward(x, residual, weight, eps, zero_centered, x.dtype, keep_rstd=False)
     return y, cast(Tensor, total)
 
 

@@ -175,7 +175,12 @@ def place_in(op: str, group: ProcessGroup | None) -> tuple[int, int]:
 
 def mean_scale(target: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """1 / number of labels that count, at least one, as a tensor (1,)."""
-    return (target != ignore_index).sum(0, keepdim=True).clamp_(min=1).to(dtype).reciprocal_()
+    return _counted(target, ignore_index).to(dtype).reciprocal_()
+
+
+def _counted(target: Tensor, ignore_index: int) -> Tensor:
+    """Number of labels that count, at least one, as a tensor (1,)."""
+    return (target != ignore_index).sum(0, keepdim=True).clamp_(min=1)
 
 
 def _view_rows(logits: Tensor) -> Tensor:
@@ -235,15 +240,18 @@ def cross_entropy(
     rank, size = place_in("cross_entropy", group)
     group, width = (group if size > 1 else None), logits.shape[-1]
     terms = LossTerms(ignore_index, label_smoothing, z_loss, softcap or 0.0, rank * width, size * width)
-    rows, labels = _view_rows(logits), target.reshape(-1)
+    rows, labels = _view_rows(logits), target if target.dim() == 1 else target.reshape(-1)
     wide = torch.promote_types(logits.dtype, torch.float32)
     if inplace and group is None and reduction != "none" and torch.is_grad_enabled() and logits.requires_grad:
         scale = mean_scale(labels, ignore_index, wide) if reduction == "mean" else labels.new_ones(1, dtype=wide)
         return _OnePass.apply(rows, labels, scale, terms)
-    loss = _TwoPasses.apply(rows, labels, terms, group, inplace)
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and logits.requires_grad):
+        loss = _TwoPasses.apply(rows, labels, terms, group, inplace)
+    else:
+        loss, _ = losses(rows, labels, terms, group)
     if reduction == "none":
-        return loss.view(target.shape)
-    return loss.sum() * mean_scale(labels, ignore_index, wide)[0] if reduction == "mean" else loss.sum()
+        return loss if target.dim() == 1 else loss.view(target.shape)
+    return loss.sum() / _counted(labels, ignore_index)[0] if reduction == "mean" else loss.sum()
 
 
 def _check(logits: Tensor, target: Tensor, group: ProcessGroup | None) -> None:

@@ -10,6 +10,9 @@ scalar units: memory decides for the few rows (`MOST_ROWS`) that this is for, at
 rows of W whole, so that no partial sums go through memory; the norm's factor is the same for all of a row's products
 and multiplies their sum at the end, so that no program waits for it before it streams.
 
+A block of W is on its way while the one before is summed. The first needs nothing of the kernel before, and can be
+loaded while that one ends (`composer_kernels.overlap`).
+
 Memory: y.
 
 Legend: N outputs, K inputs, ROWS rows of x; a program handles BLOCK_N outputs, BLOCK_K inputs at a time.
@@ -27,7 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from composer_kernels._launch import Kernel, as_rows, check_dtypes, describe, runs_kernel
+from composer_kernels._launch import Kernel, as_rows, check_dtypes, describe, power_of_2, runs_kernel
+from composer_kernels.overlap import Overlap, can_overlap
 from composer_kernels.rms_norm import rms_norm_reference
 from composer_kernels.swiglu import swiglu_reference
 
@@ -36,50 +40,87 @@ MOST_ROWS = 8
 
 
 @triton.jit
+def _load(
+    rows_ptr: tl.tensor, start: tl.tensor, inside: tl.tensor, K: tl.constexpr, BLOCK_K: tl.constexpr
+) -> tl.tensor:
+    """Columns of W from `start` on, zeros outside of it."""
+    k = start + tl.arange(0, BLOCK_K)
+    mask = inside[:, None] & (k < K)[None, :]
+    return tl.load(rows_ptr + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _add_block(
+    sums: tl.tensor, sums_up: tl.tensor, squares: tl.tensor, w: tl.tensor, up: tl.tensor, start: tl.tensor,
+    x_ptr: tl.tensor, norm_ptr: tl.tensor, x_stride: tl.tensor,
+    K: tl.constexpr, ROWS: tl.constexpr, LINES: tl.constexpr, BLOCK_K: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """The sums with what these columns of W and of its other half contribute."""
+    k = start + tl.arange(0, BLOCK_K)
+    valid = k < K
+    line = tl.arange(0, LINES)
+    w = w.to(tl.float32)
+    up = up.to(tl.float32)
+    scale = tl.full([BLOCK_K], 1.0, tl.float32)
+    if NORM:
+        scale = tl.load(norm_ptr + k, mask=valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    for row in tl.static_range(ROWS):
+        x_row = x_ptr + row * x_stride + k
+        x = tl.load(x_row, mask=valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        scaled = (x * scale)[None, :]
+        if ROWS == 1:
+            sums += w * scaled
+            squares += x * x
+            if GATED:
+                sums_up += up * scaled
+        else:
+            mine = line == row
+            sums += tl.where(mine[None, :], tl.sum(w * scaled, 1)[:, None], 0.0)
+            squares += tl.where(mine, tl.sum(x * x, 0), 0.0)
+            if GATED:
+                sums_up += tl.where(mine[None, :], tl.sum(up * scaled, 1)[:, None], 0.0)
+    return sums, sums_up, squares
+
+
+@triton.jit
 def _kernel(
     x_ptr: tl.tensor, w_ptr: tl.tensor, norm_ptr: tl.tensor, residual_ptr: tl.tensor, y_ptr: tl.tensor,
     x_stride: tl.tensor, w_stride: tl.tensor, residual_stride: tl.tensor, eps: tl.tensor,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LINES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
     NORM: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr,
 ) -> None:  # fmt: skip
+    if OVERLAP == "full":
+        tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     line = tl.arange(0, LINES)  # ROWS, padded to a power of 2
     inside = n < N
     w_rows = w_ptr + n.to(tl.int64)[:, None] * w_stride
+    up_rows = w_rows + N * w_stride
+    w = _load(w_rows, 0, inside, K, BLOCK_K)
+    up = w
+    if GATED:
+        up = _load(up_rows, 0, inside, K, BLOCK_K)
+    if OVERLAP != "none":  # W alone may be read before the kernels before have ended, and nothing be written
+        tl.extra.cuda.gdc_wait()
+    if OVERLAP == "tail":
+        tl.extra.cuda.gdc_launch_dependents()
     # One row is summed at the end, over registers that each hold the sum of every BLOCK_K-th product; more rows would
     # need too many registers, and are summed block by block.
     width: tl.constexpr = BLOCK_K if ROWS == 1 else LINES
     sums = tl.zeros([BLOCK_N, width], tl.float32)
     sums_up = tl.zeros([BLOCK_N, width], tl.float32)
     squares = tl.zeros([width], tl.float32)
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        k = start + tl.arange(0, BLOCK_K)
-        valid = k < K
-        mask = inside[:, None] & valid[None, :]
-        w = tl.load(w_rows + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        up = w
+    for start in tl.range(0, K, BLOCK_K):
+        next_w = _load(w_rows, start + BLOCK_K, inside, K, BLOCK_K)  # on its way while this block is summed
+        next_up = next_w
         if GATED:
-            ups = w_rows + N * w_stride + k[None, :]
-            up = tl.load(ups, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        scale = tl.full([BLOCK_K], 1.0, tl.float32)
-        if NORM:
-            scale = tl.load(norm_ptr + k, mask=valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        for row in tl.static_range(ROWS):
-            x_row = x_ptr + row * x_stride + k
-            x = tl.load(x_row, mask=valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
-            scaled = (x * scale)[None, :]
-            if ROWS == 1:
-                sums += w * scaled
-                squares += x * x
-                if GATED:
-                    sums_up += up * scaled
-            else:
-                mine = line == row
-                sums += tl.where(mine[None, :], tl.sum(w * scaled, 1)[:, None], 0.0)
-                squares += tl.where(mine, tl.sum(x * x, 0), 0.0)
-                if GATED:
-                    sums_up += tl.where(mine[None, :], tl.sum(up * scaled, 1)[:, None], 0.0)
+            next_up = _load(up_rows, start + BLOCK_K, inside, K, BLOCK_K)
+        sums, sums_up, squares = _add_block(
+            sums, sums_up, squares, w, up, start, x_ptr, norm_ptr, x_stride, K, ROWS, LINES, BLOCK_K, NORM, GATED
+        )  # fmt: skip
+        w, up = next_w, next_up
     if ROWS == 1:
         sums = tl.sum(sums, 1)[:, None]
         sums_up = tl.sum(sums_up, 1)[:, None]
@@ -104,22 +145,23 @@ class Launch:
         outputs: Rows of W of a program, a power of two; with a gate so many of each half.
         block: Columns of W at a time, a power of two.
         warps: Warps of a program.
-        stages: Blocks of W on their way to shared memory at once; with 1 they come straight to registers.
+        overlap: When the kernel begins, and lets the next one begin.
     """
 
     outputs: int
     block: int
     warps: int = 4
-    stages: int = 1
+    overlap: Overlap = "none"
 
     @functools.cached_property
     def options(self) -> tuple[tuple[str, Any], ...]:
         """As `Kernel.launch` takes them."""
-        return (("num_warps", self.warps),)
+        warps = ("num_warps", self.warps)
+        return (warps,) if self.overlap == "none" else (warps, ("launch_pdl", True))
 
 
 @functools.cache
-def default_launch(rows: int, outputs: int, inputs: int, gated: bool) -> Launch:
+def default_launch(rows: int, outputs: int, inputs: int, gated: bool, overlap: Overlap = "none") -> Launch:
     """At least about four programs a multiprocessor of a large GPU, with 16 bytes a thread and more on their way each.
 
     Args:
@@ -127,11 +169,13 @@ def default_launch(rows: int, outputs: int, inputs: int, gated: bool) -> Launch:
         outputs: N.
         inputs: K.
         gated: Whether W has two halves.
+        overlap: As `Launch`.
     """
-    share = (4 if outputs <= 4096 else 8) // (2 if gated else 1)
+    share = (4 if outputs <= 4096 else 8) // (4 if gated else 1)
     largest = 1024 if rows == 1 else 256  # one warp then sums a row of W, without shared memory
     fitting = [size for size in (1024, 512, 256) if size <= largest and inputs % size == 0]
-    return Launch(share, fitting[0] if fitting else min(largest, triton.next_power_of_2(inputs)))
+    block = fitting[0] if fitting else min(largest, triton.next_power_of_2(inputs))
+    return Launch(share, block, overlap=overlap)
 
 
 _decode = Kernel(_kernel)
@@ -146,11 +190,14 @@ def launch_linear(
     gated: bool,
     out: Tensor | None = None,
     launch: Launch | None = None,
+    overlap: Overlap = "none",
 ) -> Tensor:
-    """Run the kernel; arguments as for `linear_decode`."""
+    """Run the kernel; arguments as for `linear_decode`, whose `overlap` goes into the default launch."""
     rows, inputs = x.shape
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
-    launch = launch or default_launch(rows, outputs, inputs, gated)
+    if launch is None:
+        chosen = overlap if can_overlap(x.get_device()) else "none"
+        launch = default_launch(rows, outputs, inputs, gated, chosen)
     y = x.new_empty(rows, outputs) if out is None else out
     x, x_stride = as_rows(x)
     other, other_stride = (x, 0) if residual is None else as_rows(residual)  # stands there unread
@@ -164,10 +211,10 @@ def launch_linear(
             outputs,
             inputs,
             rows,
-            triton.next_power_of_2(rows),
+            power_of_2(rows),
             launch.outputs,
             launch.block,
-            launch.stages,
+            launch.overlap,
             norm_weight is not None,
             residual is not None,
             gated,
@@ -186,6 +233,7 @@ def linear_decode(
     residual: Tensor | None = None,
     gated: bool = False,
     out: Tensor | None = None,
+    overlap: Overlap = "none",
 ) -> Tensor:
     """Multiply up to `MOST_ROWS` rows with a matrix: y = x̂ · Wᵀ, with the norm before it and what follows.
 
@@ -199,6 +247,9 @@ def linear_decode(
         residual: (B, N) in the type of x, added to the product; None for nothing.
         gated: Whether y is silu(gate) · up.
         out: (B, N) in the type of x, contiguous: takes y; may be `residual`.
+        overlap: When reading `weight` begins, on GPUs that can. The caller sees to it that nothing that may still run
+            writes `weight`: neither the kernel before on the stream, nor, where that overlaps too, those before it.
+            Nothing would report such a slip.
 
     Returns:
         y, (B, N), in the type of x, contiguous.
@@ -210,7 +261,7 @@ def linear_decode(
     """
     _check(x, weight, norm_weight, residual, gated, out)
     if runs_kernel(x):
-        return launch_linear(x, weight, norm_weight, eps, residual, gated, out)
+        return launch_linear(x, weight, norm_weight, eps, residual, gated, out, overlap=overlap)
     y = linear_decode_reference(x, weight, norm_weight=norm_weight, eps=eps, residual=residual, gated=gated)
     return y if out is None else out.copy_(y)
 

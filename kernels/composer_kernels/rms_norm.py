@@ -10,8 +10,8 @@ Bytes for R rows of 16-bit elements: forward reads x and writes y, 4RH; backward
 On top come 4R for rstd each time, the weight, and 8PH in fp32 for the parts of dweight that the P programs of the
 backward pass write and a last kernel adds up (P is one or two a multiprocessor).
 
-Memory: y and rstd are allocated forward; x, weight and rstd are kept for backward, which allocates dx, dweight and the
-4PH bytes of its parts. Inputs whose rows no single stride can address are copied first.
+Memory: y is allocated forward, and rstd where gradients are wanted; x, weight and rstd are kept for backward, which
+allocates dx, dweight and the 4PH bytes of its parts. Inputs whose rows no single stride can address are copied first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _RMSNorm(torch.autograd.Function):
         out_dtype: torch.dtype,
         main_grad: Tensor | None,
     ) -> Tensor:
-        y, _, rstd = forward(x, None, weight, eps, zero_centered, out_dtype)
+        y, _, rstd = forward(x, None, weight, eps, zero_centered, out_dtype, keep_rstd=True)
         ctx.save_for_backward(x, weight, rstd)
         ctx.zero_centered, ctx.main_grad = zero_centered, main_grad
         return y
@@ -84,7 +84,7 @@ def rms_norm(
     check("rms_norm", x, weight, out_dtype, main_grad)
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
         return _RMSNorm.apply(x, weight, eps, zero_centered, out_dtype, main_grad)
-    return forward(x, None, weight, eps, zero_centered, out_dtype)[0]
+    return forward(x, None, weight, eps, zero_centered, out_dtype, keep_rstd=False)[0]
 
 
 def rms_norm_reference(

@@ -120,7 +120,7 @@ def launch_forward(gate: Tensor, up: Tensor | None, limit: float | None, launch:
     """Run the forward kernel on gate and up, (…, F) each, or on the packed (…, 2F) where up is None; y is (…, F)."""
     width = gate.shape[-1] if up is not None else gate.shape[-1] // 2
     launch = launch or default_launch(width)
-    y = gate.new_empty((*gate.shape[:-1], width))
+    y = gate.new_empty(*gate.shape[:-1], width)
     rows = y.numel() // width
     gate, gate_stride = as_rows(gate)
     other, other_stride = (gate, gate_stride) if up is None else as_rows(up)

@@ -117,8 +117,11 @@ def _accumulate(input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
     (_op if torch.compiler.is_compiling() else _compute)(input, grad_output, main_grad)
 
 
-@torch.no_grad()
 def _compute(input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
+    if torch.is_grad_enabled():  # in a backward pass it is not, and switching it off takes as long as the rest
+        with torch.no_grad():
+            _compute(input, grad_output, main_grad)
+        return
     if input.numel() == 0 or grad_output.numel() == 0:
         return
     x, dy = _rows(input), _rows(grad_output).t()
@@ -131,7 +134,7 @@ def _compute(input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 @torch.library.custom_op("composer_kernels::wgrad_accumulate", mutates_args=("main_grad",))

@@ -1,6 +1,7 @@
 """`AdamW`, `adamw_step` and `grad_norm` against their formulas in float64, on a GPU or in Triton's interpreter."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -442,6 +443,84 @@ def test_tables_are_kept_until_addresses_change(device, monkeypatch):
     assert written[before:] == [tuple(w.grad.data_ptr() for w in weights)]
 
 
+def _move_grads(optimizer, weights):
+    for weight in weights:
+        weight.grad = weight.grad.clone()
+
+
+def _transpose_a_grad(optimizer, weights):
+    """Its elements stay in place but lie in another order: the address is the same."""
+    shape = weights[1].shape
+    weights[1].grad = weights[1].grad.contiguous().view(-1).view(shape[1], shape[0]).T
+
+
+def _move_a_weight(optimizer, weights):
+    weights[2].data = weights[2].data.clone()
+
+
+def _move_a_moment(optimizer, weights):
+    state = optimizer.state[weights[0]]
+    state["exp_avg"] = state["exp_avg"].clone()
+
+
+def _reload(optimizer, weights):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def _drop_a_grad(optimizer, weights):
+    weights[0].grad = None
+
+
+def _other_numbers(optimizer, weights):
+    for group in optimizer.param_groups:
+        group |= {"lr": 0.3, "betas": (0.5, 0.6), "weight_decay": 0.3}
+
+
+CHANGES = {
+    "gradients elsewhere": _move_grads,
+    "a gradient in another order": _transpose_a_grad,
+    "a weight elsewhere": _move_a_weight,
+    "a moment elsewhere": _move_a_moment,
+    "a state loaded": _reload,
+    "a gradient less": _drop_a_grad,
+    "other numbers": _other_numbers,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_the_last_step_launched_is_launched_again_only_where_it_fits(change, device, monkeypatch):
+    prepared = []
+    prepare = _adamw_op.prepare_update
+    monkeypatch.setattr(_adamw_op, "prepare_update", lambda *args: prepared.append(args) or prepare(*args))
+    weights, groups = models(device)
+    optimizers = [AdamW(each, lr=0.02) for each in groups]
+    train(optimizers, weights, 1)
+    counts = []
+    for _ in range(2):
+        for optimizer in optimizers:
+            if optimizer is optimizers[1]:
+                optimizer._memo = _adamw_op.Memo()
+            before = len(prepared)
+            optimizer.step()
+            counts.append(len(prepared) - before)
+        if len(counts) == 2:
+            for optimizer, params in zip(optimizers, weights, strict=True):
+                change(optimizer, params)
+    assert counts[0] == 0 < counts[1]
+    assert (counts[2] == 0) == (change is _other_numbers)
+    for one, two in zip(*weights, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_an_optimizer_holds_no_old_state(device):
+    (weights,), (groups,) = models(device, 1)
+    ours = AdamW(groups, lr=0.02)
+    train((ours,), [weights], 2)
+    old = weakref.ref(ours.state[weights[0]]["exp_avg"])
+    ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+    assert old() is None
+
+
 def test_the_oldest_tables_go(device):
     tables, like = _multi_tensor.Tables(2), torch.zeros(1, device=device)
     first, second, _ = (tables.integers((number, 2**62), like) for number in range(3))
@@ -505,8 +584,9 @@ def test_no_host_synchronisation_and_cuda_graph(device):
 
 
 @needs_gpu
-def test_past_two_to_the_31_elements(device):
+def test_past_two_to_the_31_elements(device, whole_gpu):
     """The last elements come out as they do alone."""
+    whole_gpu(25)  # four tensors, and a part of one in float64
     param, grad, exp_avg, exp_avg_sq = (torch.rand(2**31 + 4096, device=device, dtype=BF16) for _ in range(4))
     tail = [tensor[-4096:].clone() for tensor in (param, grad, exp_avg, exp_avg_sq)]
     adamw_step([param], [grad], [exp_avg], [exp_avg_sq], 1, **NUMBERS)

@@ -73,7 +73,7 @@ def test_as_good_as_torch(shape, dtype, stream, device, assert_as_good):
 def test_rows_too_wide_for_registers(dtype, stream, device, assert_as_good, monkeypatch):
     wide = Launch(block=16, rows=2, warps=4)
     monkeypatch.setattr(_norm, "forward_launch", lambda width: wide)
-    monkeypatch.setattr(_norm, "backward_launch", lambda width: wide)
+    monkeypatch.setattr(_norm, "backward_launch", lambda *_: wide)
     x, residual, weight, dy, dtotal = draw((7, 37), dtype, stream, device)
     y, total = add_rms_norm(x, residual, weight, EPS)
     torch.autograd.backward((y, total), (dy, dtotal))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from composer_kernels import _cross_entropy as kernels
+from composer_kernels import _cross_entropy_kernels as kernels
 from composer_kernels._cross_entropy import gradient_launch, one_pass_launch, statistics_launch
 
 BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
@@ -64,7 +64,7 @@ def test_gradient(architecture, dtype, width, everything, compile_ahead, assert_
 def test_loss_and_gradient(architecture, dtype, width, everything, compile_ahead, assert_as_recorded):
     kind, constants, launch = spread(dtype, width, everything, one_pass_launch)
     types = (dtype, dtype, INT64, FP32, FP32, "i32", kind, kind, kind, kind, kind, "i32", "fp32", "fp32", "fp32")
-    constants = (*constants, launch.policy)
+    constants = (*constants, launch.policy, launch.keep, launch.store)
     found = compile_ahead(kernels._loss_and_gradient_kernel, architecture, types, constants, num_warps=launch.warps)
     assert found["spilled_bytes"] == 0
     assert_as_recorded(named("loss_and_gradient", architecture, dtype, width, everything), found)

@@ -23,7 +23,8 @@ def test_split(name, architecture, compile_ahead, assert_as_recorded):
     new = BF16 if append else None
     types = [BF16, BF16, BF16, new, new, "*i32", "*i32", FP32, FP32, FP32, FP32, *["i32:16"] * 12, *["i32"] * 3, "fp32"]
     constants = (kv_heads, group, dim, dim, 16, launch.block, launch.splits, page, window, append, rotary, False)
-    resources = compile_ahead(op._split_kernel, architecture, types, constants, **dict(launch.options))
+    options = launch.paged_options if page else launch.options
+    resources = compile_ahead(op._split_kernel, architecture, types, constants, **dict(options))
     assert resources["spilled_bytes"] == 0
     assert_as_recorded(f"split, {name}, sm_{architecture}", resources)
 

@@ -28,8 +28,8 @@ def test_forward(width, stream, architecture, compile_ahead, assert_as_recorded)
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize("width", [2048, 4096, 8192, 16384])
 def test_backward(width, stream, architecture, compile_ahead, assert_as_recorded):
-    launch = _norm.backward_launch(width)
     kind = STREAMS[stream]
+    launch = _norm.backward_launch(width, 4 if kind is None else 2 + 2 * kind.itemsize)
     total, copy = (BF16, None) if kind is None else (kind, BF16 if kind == FP32 else None)
     types = [BF16, kind, total, BF16, FP32, total, copy, FP32, *["i32:16"] * 3, "i32", "i32"]
     pin = launch.pin and launch.block >= width

@@ -131,6 +131,17 @@ def test_rows_anywhere_in_memory(device, inplace):
     assert (odd[1:].view(6, 43)[:, 41:] == 7).all()
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_without_gradients_the_bits_are_the_same(device, reduction):
+    logits, target = data(6, 50, torch.bfloat16, device)
+    with torch.no_grad():
+        loss = cross_entropy(logits.view(2, 3, 50), target.view(2, 3), reduction=reduction)
+    wanted = cross_entropy(logits.requires_grad_(), target, reduction=reduction)
+    assert not loss.requires_grad
+    assert wanted.requires_grad
+    assert torch.equal(loss.flatten(), wanted.flatten())
+
+
 def test_labels_in_another_order_and_type(device):
     logits, target = data(6, 20, torch.float32, device)
     expected = cross_entropy(logits, target)
@@ -141,7 +152,8 @@ def test_labels_in_another_order_and_type(device):
     assert torch.equal(cross_entropy(logits[0], target[0]), cross_entropy(logits[:1], target[:1]))
 
 
-def test_offsets_beyond_31_bits(device):
+def test_offsets_beyond_31_bits(device, whole_gpu):
+    whole_gpu(6)
     # Untouched zero pages cost nothing: the two rows lie 2^31 elements and some apart.
     gap = 2**31 + 48
     if device == "cpu":
@@ -300,7 +312,10 @@ def test_shards_equal_the_whole(device, shards, kernels, monkeypatch):
         assert distance(out[0].double().cpu(), exact[1][:, t.start : t.start + width]) < 4e-6
 
 
-@pytest.mark.parametrize("launch", [Launch(1, 1), Launch(2, 4), Launch(4, 2, "evict_last")])
+@pytest.mark.parametrize(
+    "launch",
+    [Launch(1, 1), Launch(2, 4), Launch(4, 2, "evict_last"), Launch(1, 1, keep=1), Launch(1, 2, "", 3, "evict_first")],
+)
 @pytest.mark.parametrize("vocab", [130, 1024, 2051])
 def test_every_launch_computes_the_same(device, vocab, launch):
     logits, target = data(4, vocab, torch.float32, device)
@@ -417,7 +432,8 @@ def test_graph_capture_and_no_synchronisation(options):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason=WITHOUT_GPU)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_more_than_31_bits_of_elements(reduction):
+def test_more_than_31_bits_of_elements(reduction, whole_gpu):
+    whole_gpu(12)
     rows, vocab = 16500, 131072
     logits = torch.empty(rows, vocab, dtype=torch.bfloat16, device="cuda").normal_()
     target = torch.randint(vocab, (rows,), device="cuda")

@@ -358,8 +358,9 @@ def test_no_host_synchronisation_and_cuda_graph(device, assert_capturable):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_more_than_31_bits_of_elements():
+def test_more_than_31_bits_of_elements(whole_gpu):
     """The last request of a cache of 2^31 elements and some."""
+    whole_gpu(12)
     q = torch.randn(129, 8, 128, device="cuda", dtype=torch.bfloat16)
     caches = [torch.zeros(129, 16384, 8, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     caches[0][-1].normal_()

@@ -2,9 +2,15 @@
 
 import pytest
 import torch
+import triton
 
 from composer_kernels import _launch
-from composer_kernels._launch import Kernel, as_rows, check_dtypes, describe
+from composer_kernels._launch import Kernel, as_rows, check_dtypes, describe, power_of_2
+from composer_kernels.add_rms_norm import add_rms_norm
+from composer_kernels.cross_entropy import cross_entropy
+from composer_kernels.rms_norm import rms_norm
+from composer_kernels.rope import rope
+from composer_kernels.swiglu import swiglu
 
 
 class Pointer:
@@ -23,15 +29,22 @@ class Pointer:
 class Recorder:
     """A kernel that writes down how it was launched: through Triton (which compiles) or what Triton compiled."""
 
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self):
         self.launches = []
 
     def __getitem__(self, grid):
         def launch(*args, **options):
             self.launches.append(("triton", grid, args, options))
-            return {(grid[0], 1, 1): lambda *args: self.launches.append(("compiled", grid, args, {}))}
+            return self
 
         return launch
+
+    def run(self, x, y, z, stream, function, metadata, *arguments):
+        """As Triton's launcher takes them: launch metadata and two hooks come before the kernel's own arguments."""
+        assert (y, z, stream, function, metadata, *arguments[:3]) == (1, 1, 77, "function", "metadata", *[None] * 3)
+        self.launches.append(("compiled", (x,), arguments[3:], {}))
 
     @property
     def ways(self):
@@ -40,7 +53,8 @@ class Recorder:
 
 @pytest.fixture
 def kernel(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77 + device, raising=False)
     return Kernel(Recorder())
 
 
@@ -51,10 +65,10 @@ def launch(kernel, *pointers, strides=(32,), counts=(5,), constants=(64, True), 
 def test_the_second_launch_of_a_variant_is_short(kernel):
     x = Pointer()
     launch(kernel, x, None)
-    launch(kernel, Pointer(8192), None, strides=(48,), counts=(6,))
+    launch(kernel, Pointer(8192), None, counts=(6,))
     first, second = kernel.function.launches
     assert first == ("triton", (7,), (x, None, 32, 5, 0.5, 64, True), {"num_warps": 4})
-    assert second == ("compiled", (7,), (8192, None, 48, 6, 0.5, 64, True), {})
+    assert second == ("compiled", (7,), (8192, 0, 32, 6, 0.5, 64, True), {})
 
 
 @pytest.mark.parametrize(
@@ -64,6 +78,9 @@ def test_the_second_launch_of_a_variant_is_short(kernel):
         ((Pointer(), Pointer()), {}),
         ((Pointer(), None), {"constants": (128, True)}),
         ((Pointer(), None), {"warps": 8}),
+        ((Pointer(), None), {"strides": (33,)}),
+        ((Pointer(), None), {"strides": (48,)}),
+        ((Pointer(), None), {"strides": (2**31,)}),
     ],
 )
 def test_another_variant_is_compiled(kernel, pointers, changes):
@@ -79,9 +96,8 @@ def test_another_variant_is_compiled(kernel, pointers, changes):
     [
         ((Pointer(4098), None), {}),
         ((Pointer(), Pointer(4104)), {}),
-        ((Pointer(), None), {"strides": (33,)}),
-        ((Pointer(), None), {"strides": (2**31,)}),
         ((Pointer(), None), {"counts": (2**31,)}),
+        ((Pointer(), None), {"counts": (-(2**31) - 1, 5)}),
     ],
 )
 def test_what_decides_the_code_otherwise_always_goes_through_triton(kernel, pointers, changes):
@@ -89,6 +105,57 @@ def test_what_decides_the_code_otherwise_always_goes_through_triton(kernel, poin
         launch(kernel, Pointer(), Pointer())
         launch(kernel, *pointers, **changes)
     assert kernel.function.ways == ["triton", "triton", "compiled", "triton"]
+
+
+def test_a_whole_number_among_floats_compiles_as_a_float(kernel):
+    for number in (1, 1.5):
+        kernel.launch(7, (Pointer(),), (), (), (number,), (), ())
+    (_, _, compiled_with, _), (way, *_) = kernel.function.launches
+    assert isinstance(compiled_with[1], float)
+    assert way == "compiled"
+
+
+def test_who_watches_launches_sees_each(kernel):
+    def watch(metadata):
+        """Of a launch."""
+
+    hooks = triton.knobs.runtime.launch_enter_hook
+    launch(kernel, Pointer())
+    hooks.add(watch)
+    try:
+        launch(kernel, Pointer())
+    finally:
+        hooks.remove(watch)
+    launch(kernel, Pointer())
+    assert kernel.function.ways == ["triton", "triton", "compiled"]
+
+
+def test_variants_do_not_pile_up(kernel, monkeypatch):
+    monkeypatch.setattr(_launch, "_MOST_VARIANTS", 3)
+    for stride in (16, 32, 48, 64, 64, 16):
+        launch(kernel, Pointer(), strides=(stride,))
+        assert len(kernel._variants) <= 3
+    assert kernel.function.ways == ["triton"] * 4 + ["compiled", "triton"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_from_the_second_call_on_operations_go_round_triton(monkeypatch):
+    def call(rows):
+        """Forward and backward of what is called most, on so many rows."""
+        x, gate, logits = (
+            torch.randn(rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for width in (64, 128, 96)
+        )
+        angles, labels = torch.randn(64, 8, device="cuda"), torch.zeros(rows, dtype=torch.int64, device="cuda")
+        weight = torch.ones(64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        normed, total = add_rms_norm(rms_norm(x, weight), x, weight)
+        turned = rope((normed + total).view(rows, 4, 16), angles, angles)
+        loss = swiglu(gate).sum() + turned.sum() + cross_entropy(logits, labels)
+        loss.backward()
+
+    call(16)
+    call(16)
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", None)
+    call(16)
 
 
 def test_no_programs_launch_nothing(kernel):
@@ -109,16 +176,23 @@ def test_the_tensors_device_is_the_current_one_during_a_launch(monkeypatch):
         def __exit__(self, *raised):
             current.pop()
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[-1], raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     monkeypatch.setattr(torch.cuda, "device", Device)
     seen = []
 
-    class Watcher:
+    class Watcher(Recorder):
         def __getitem__(self, grid):
-            return lambda *args, **options: seen.append(current[-1])
+            seen.append(current[-1])
+            return super().__getitem__(grid)
 
-    launch(Kernel(Watcher()), Pointer(device=3))
-    assert (seen, current) == ([3], [0])
+        def run(self, *arguments):
+            seen.append(current[-1])
+
+    kernel = Kernel(Watcher())
+    launch(kernel, Pointer(device=3))
+    launch(kernel, Pointer(device=3))
+    assert (seen, current) == ([3, 3], [0])
 
 
 @pytest.mark.parametrize(
@@ -140,6 +214,10 @@ def test_rows(x, stride, copied):
     assert (rows.data_ptr() != x.data_ptr()) == copied
     for index, row in enumerate(x.reshape(-1, 4)):
         assert torch.equal(rows.as_strided((4,), (1,), rows.storage_offset() + index * stride), row)
+
+
+def test_powers_of_two():
+    assert [power_of_2(number) for number in (1, 2, 3, 4, 5, 128, 129)] == [1, 2, 4, 4, 8, 128, 256]
 
 
 def test_types():

@@ -319,7 +319,8 @@ def test_no_synchronisation_and_graph_capture():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason=WITHOUT_GPU)
-def test_16k_tokens_of_128k_words_in_a_gigabyte():
+def test_16k_tokens_of_128k_words_in_a_gigabyte(whole_gpu):
+    whole_gpu(8)
     hidden, weight, target = (
         torch.randn(16384, 4096, device="cuda", dtype=torch.bfloat16).requires_grad_(),
         (torch.randn(128256, 4096, device="cuda", dtype=torch.bfloat16) / 64).requires_grad_(),

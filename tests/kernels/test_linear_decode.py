@@ -1,6 +1,8 @@
 """`linear_decode` against its formula in float64, on a GPU or in Triton's interpreter."""
 
 import importlib
+import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -79,7 +81,7 @@ def test_all_sizes(device, assert_as_good, rows, outputs, inputs, dtype, norm, a
     assert_as_good(linear_decode(x, weight, **options), theirs, exact(x, weight, **options))
 
 
-@pytest.mark.parametrize("launch", [op.Launch(2, 128), op.Launch(8, 64, 8), op.Launch(4, 128, 4, 3)])
+@pytest.mark.parametrize("launch", [op.Launch(2, 128), op.Launch(8, 64, 8), op.Launch(4, 512, 2)])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_every_launch_computes_the_same(rows, launch, device):
     x, weight, options = make(rows, 21, 300, torch.float32, device, norm=True, add=False, gated=True)
@@ -103,9 +105,50 @@ def test_float64_is_the_formula(device):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_graph_can_hold_it(assert_capturable):
+@pytest.mark.parametrize("overlap", ["none", "tail", "full"])
+def test_a_graph_can_hold_it(overlap, assert_capturable):
     x, weight, options = make(1, 96, 512, torch.bfloat16, "cuda", norm=True, add=True, gated=False)
-    assert_capturable(lambda: [linear_decode(x, weight, **options)])
+    assert_capturable(lambda: [linear_decode(x, weight, overlap=overlap, **options)])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("overlap", ["tail", "full"])
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_overlapping_kernels_see_each_others_results_and_keep_off_what_is_still_read(rows, captured, overlap):
+    """A chain, each link reading what the one before wrote, in two buffers that take turns: bit-equal without overlap.
+
+    Links are of unlike sizes, so that a small one could run ahead of a large one; other kernels stand between some.
+    """
+    widths = [256, 8192, 512, 2048, 4096, 256, 256]
+    links = [make(rows, n, k, torch.float32, "cuda", norm=True, add=False, gated=False) for k, n in pairwise(widths)]
+    first = links[0][0].contiguous()
+    buffers = [torch.empty(rows * max(widths), device="cuda") for _ in range(2)]
+
+    def chain(overlap):
+        x = first
+        for turn in range(20 * len(links)):
+            _, weight, options = links[turn % len(links)]
+            out = buffers[turn % 2][: rows * len(weight)].view(rows, len(weight))
+            x = linear_decode(x, weight, norm_weight=options["norm_weight"], out=out, overlap=overlap)
+            if turn % 5 == 0:
+                x.mul_(0.5)
+        return x
+
+    wanted = chain("none").clone()
+    chain(overlap)  # compiles
+    torch.cuda.synchronize()
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            held = chain(overlap)
+    for _ in range(10):
+        for buffer in buffers:
+            buffer.fill_(math.nan)
+        if captured:
+            graph.replay()
+        found = held if captured else chain(overlap)
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_result_in_another_type(device):
 @pytest.mark.parametrize("shape", [(0, 64), (7, 37), (5, 80)])
 def test_rows_too_wide_for_registers(shape, device, assert_as_good, monkeypatch):
     monkeypatch.setattr(_norm, "forward_launch", lambda width: WIDE)
-    monkeypatch.setattr(_norm, "backward_launch", lambda width: WIDE)
+    monkeypatch.setattr(_norm, "backward_launch", lambda *_: WIDE)
     x, weight, dy = draw(shape, torch.bfloat16, device)
     y = rms_norm(x, weight, EPS)
     y.backward(dy)
@@ -267,6 +267,14 @@ def test_nan_and_infinity_stay_in_their_row(device):
     assert y[[0, 3]].isfinite().all()
 
 
+@pytest.mark.usefixtures("poisoned")
+def test_without_gradients_the_bits_are_the_same(device):
+    x, weight, _ = draw((5, 40), torch.bfloat16, device)
+    with torch.no_grad():
+        y = rms_norm(x, weight, EPS)
+    assert torch.equal(y, rms_norm(x, weight, EPS))
+
+
 def test_operators_hold_what_they_promise(device):
     x, weight, dy = (tensor.detach() for tensor in draw((3, 24), torch.bfloat16, device))
     rstd = torch.rand(3, device=device)
@@ -317,6 +325,16 @@ def test_bad_arguments(error, words, arguments):
         rms_norm(*positional, **named)
 
 
+@pytest.mark.parametrize("size", [4, 6, 10])
+@pytest.mark.parametrize("width", [1, 1536, 4096, 8192, 40000])
+def test_backward_launch_fits_small_gpus(width, size):
+    """Tiles on their way lie in shared memory, of which GPUs without a data centre have 99 KiB; partial sums too."""
+    launch = _norm.backward_launch(width, size)
+    buffers = max(1, launch.stages - 1)
+    assert launch.programs * launch.warps <= 32
+    assert buffers * launch.rows * launch.block * size <= 96 * 1024 or launch.stages == 1
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
@@ -333,8 +351,9 @@ def test_no_host_synchronisation_and_cuda_graph(device, assert_capturable):
 
 
 @needs_gpu
-def test_past_two_to_the_31_elements(device):
+def test_past_two_to_the_31_elements(device, whole_gpu):
     """The last rows come out as they do alone."""
+    whole_gpu(18)
     x = torch.randn(2**19 + 8, 4096, device=device, dtype=torch.bfloat16)
     weight = torch.rand(4096, device=device)
     y, _, rstd = _norm.launch_forward(x, None, weight, EPS, False, x.dtype)

@@ -567,8 +567,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 @needs_gpu
-def test_past_two_to_the_31_elements(device):
+def test_past_two_to_the_31_elements(device, whole_gpu):
     """The last tokens come out as they do alone, packed and not."""
+    whole_gpu(26)
     length = 2**19 + 8
     qkv = torch.randn(length, 1, 48 * 128, device=device, dtype=torch.bfloat16)
     cos, sin = (torch.randn(length, 64, device=device) for _ in range(2))

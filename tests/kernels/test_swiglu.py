@@ -230,8 +230,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 @needs_gpu
-def test_past_two_to_the_31_elements(device):
+def test_past_two_to_the_31_elements(device, whole_gpu):
     """The last rows come out as they do alone."""
+    whole_gpu(15)
     packed = torch.randn(2**17 + 8, 16384, device=device, dtype=torch.bfloat16)
     y = swiglu(packed)
     assert torch.equal(y[-16:], swiglu(packed[-16:]))

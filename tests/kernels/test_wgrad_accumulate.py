@@ -239,7 +239,8 @@ def test_model_shapes(dtype, grad_dtype, device, assert_as_good):
     x, dy, main_grad = draw((1024, 2), 2048, 1024, dtype, grad_dtype, device)
     true, theirs = exact(x, dy, main_grad), op.wgrad_accumulate_reference(x, dy, main_grad)
     op.wgrad_accumulate(x, dy, main_grad)
-    assert_as_good(main_grad, theirs, true)
+    # 16-bit operands are multiplied on tensor cores; the reference's, made fp32, are not
+    assert_as_good(main_grad, theirs, true, tensor_core_terms=0 if dtype == FP32 else 2048)
 
 
 @needs_gpu
