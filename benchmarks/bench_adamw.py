@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from session import session
+from session import Session, session
 from timing import Call, Row, contend, host_seconds, relative_error, tune
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
@@ -136,11 +136,11 @@ def step_error(make: Make) -> float:
     return max(relative_error(copy, wanted) for copy, wanted in zip(weights.copies, exact, strict=True))
 
 
-def compare(name: str, shapes: Shapes, limits: tuple[float, float]) -> Iterator[Row]:
-    """Time everyone: the update, the norm, and the update with clipping; limits are those of copying and reading."""
+def compare(name: str, shapes: Shapes, run: Session) -> Iterator[Row]:
+    """Time everyone: the update, the norm, and the update with clipping."""
     count = sum(torch.Size(shape).numel() for shape in shapes)
     for clip, moved in ((False, 30), (True, 34)):
-        for who, step in STEPS.items():
+        for who, step in run.chosen(STEPS).items():
             make = functools.partial(step, clip=clip)
             case = f"{'clip and update' if clip else 'update'} {name}"
             try:
@@ -148,19 +148,21 @@ def compare(name: str, shapes: Shapes, limits: tuple[float, float]) -> Iterator[
             except Exception as failure:  # an absent peer must not end the comparison
                 yield Row(case, who, moved * count, note=f"{type(failure).__name__}: {failure}"[:160])
                 continue
-            yield contend(case, who, moved * count, limits[0], functools.partial(_on_fresh, make, shapes), error=error)
-    for who, norm in NORMS.items():
-        yield contend(f"norm {name}", who, 4 * count, limits[1], functools.partial(_on_fresh, norm, shapes))
+            yield contend(
+                case, who, moved * count, run.limits.copy, functools.partial(_on_fresh, make, shapes), error=error
+            )
+    for who, norm in run.chosen(NORMS).items():
+        yield contend(f"norm {name}", who, 4 * count, run.limits.read, functools.partial(_on_fresh, norm, shapes))
 
 
 def _on_fresh(make: Make, shapes: Shapes, _index: int) -> Call:
     return make(Weights(shapes))
 
 
-def host_times() -> dict[str, dict[str, float]]:
+def host_times(run: Session) -> dict[str, dict[str, float]]:
     """The host's microseconds a step of 300 tensors too small to keep the GPU busy."""
     times: dict[str, dict[str, float]] = {}
-    for who, step in STEPS.items():
+    for who, step in run.chosen(STEPS).items():
         try:
             calls = {clip: step(Weights([(16,)] * 300), clip=clip) for clip in (False, True)}
             times[who] = {("clip and " if clip else "") + "update": 1e6 * host_seconds(calls[clip]) for clip in calls}
@@ -210,9 +212,9 @@ def main() -> None:
     with session("adamw", __doc__) as run:
         limits = run.limits.copy, run.limits.read
         for name, shapes in (QUICK if run.options.quick or run.options.tune else CASES).items():
-            run.add(tune_all(name, shapes, limits) if run.options.tune else compare(name, shapes, limits))
+            run.add(tune_all(name, shapes, limits) if run.options.tune else compare(name, shapes, run))
         if not run.options.tune:
-            run.add_host_times(host_times())
+            run.add_host_times(host_times(run))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from contest import Contest, Inputs, Operation, backward_call, forward_call, host_times
-from session import session
-from timing import Call, Row, contend, relative_error, set_count, tune
+from session import Session, session
+from timing import Call, Row, contend, in_turns, relative_error, set_count, tune
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -202,23 +202,43 @@ def _transformer_engine(shape: Shape) -> Operation:
     return lambda q, k, v: module(q, k, v).unflatten(-1, (shape.heads, shape.dim))
 
 
-def compare(shape: Shape, limit: float) -> Iterator[Row]:
-    """Time all contenders, forward and backward."""
+def compare(shape: Shape, run: Session) -> Iterator[Row]:
+    """Time all contenders, forward and backward; in the end once more what they cost beside each other."""
     sets = [draw(shape) for _ in range(set_count(shape.bytes))]
     choice = choose_attention(*sets[0].leaves, **shape.options)
     print(f"{shape}: {choice.name}; cannot: {'; '.join(f'{name} {why}' for name, why in choice.rejected)}")
-    for name, load in contenders(shape).items():
+    limit = run.limits.gemm or 1.0
+    timed: dict[str, Operation] = {}
+    for name, load in run.chosen(contenders(shape)).items():
         try:
-            operation = load()
-            found = errors(operation, shape, sets[0])
+            timed[name] = load()
+            found = errors(timed[name], shape, sets[0])
         except Exception as failure:  # an absent peer must not end the comparison
+            timed.pop(name, None)
             yield Row(f"forward {shape}", name, shape.bytes, note=f"{type(failure).__name__}: {failure}"[:160])
             continue
         directions = (("forward", forward_call, 1.0, found[0]), ("backward", backward_call, 2.5, found[1]))
         for direction, make, factor, error in directions:
-            calls = functools.partial(_call_on, make, operation, sets)
+            calls = functools.partial(_call_on, make, timed[name], sets)
             work, moved = factor * shape.flops, factor * shape.bytes
-            yield contend(f"{direction} {shape}", name, moved, limit, calls, work=work, error=error)
+            row = contend(f"{direction} {shape}", name, moved, limit, calls, work=work, error=error)
+            if row.graph is None:
+                timed.pop(name, None)
+            yield row
+    yield from _beside_itself(shape, choice.name, timed, sets)
+
+
+def _beside_itself(shape: Shape, chosen: str, timed: dict[str, Operation], sets: Sequence[Inputs]) -> Iterator[Row]:
+    """The choice through our call and by its own, in turns: what the call costs is less than the clocks change."""
+    pair = {"composer": timed.get("composer"), "itself": timed.get(f"{chosen} itself".replace("_", " "))}
+    if None in pair.values():
+        return
+    for direction, make in (("forward", forward_call), ("backward", backward_call)):
+        seconds = in_turns(
+            {name: [make(operation, each) for each in sets] for name, operation in pair.items() if operation}
+        )
+        for name, value in seconds.items():
+            yield Row(f"{direction} in turns {shape}", name, shape.bytes, graph=value, note=chosen)
 
 
 def _call_on(
@@ -283,11 +303,11 @@ def main() -> None:
         options, limit = run.options, run.limits.gemm or 0.0
         shapes = TUNED[: 2 if options.quick else None] if options.tune else QUICK if options.quick else SHAPES
         for shape in shapes:
-            run.add(tune_attention(shape, limit) if options.tune else compare(shape, limit))
+            run.add(tune_attention(shape, limit) if options.tune else compare(shape, run))
             torch.cuda.empty_cache()
         if not options.tune:
             tiny = Shape(1, 128, 4, 2, 64)
-            run.add_host_times(host_times(host_contest(tiny), contenders(tiny)))
+            run.add_host_times(host_times(host_contest(tiny), run.chosen(contenders(tiny))))
 
 
 if __name__ == "__main__":

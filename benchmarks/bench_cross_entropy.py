@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import contest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from session import session
-from timing import Call, Ceilings, Row, contend, host_seconds, measure, relative_error, set_count
+from session import Session, session
+from timing import Call, Row, compile_all, contend, host_seconds, measure, relative_error, set_count
 from torch import Tensor
 
 from composer_kernels import _cross_entropy as kernels
@@ -82,8 +83,7 @@ def in_one_pass() -> dict[str, Callable[[], Gradient]]:
         return by_autograd(lambda x, y: LigerCrossEntropyFunction.apply(x, y, None)[0])
 
     def compiled() -> Gradient:
-        torch._dynamo.reset()
-        return by_autograd(torch.compile(F.cross_entropy, dynamic=False))
+        return by_autograd(contest.compiled(F.cross_entropy))
 
     return {
         "composer inplace": lambda: by_autograd(lambda x, y: cross_entropy(x, y, inplace=True)),
@@ -135,13 +135,13 @@ def in_two_passes() -> dict[str, Callable[[], Gradient]]:
     }
 
 
-def compare(rows: int, width: int, dtype: torch.dtype, limits: Ceilings, everyone: bool) -> Iterator[Row]:
+def compare(rows: int, width: int, dtype: torch.dtype, run: Session, everyone: bool) -> Iterator[Row]:
     """Time all contenders on one shape; but for the first shape only those who come close."""
     shape = f"{rows} x {width} {str(dtype).removeprefix('torch.')}"
     elements = rows * width * dtype.itemsize
     near = ("composer", "quack", "liger", "te overwrite")
     for case, passes, group in (("1 pass", 2, in_one_pass()), ("2 passes", 3, in_two_passes())):
-        for name, load in group.items():
+        for name, load in run.chosen(group).items():
             if not (everyone or name.startswith(near)):
                 continue
             try:
@@ -152,10 +152,10 @@ def compare(rows: int, width: int, dtype: torch.dtype, limits: Ceilings, everyon
                 continue
             sets = [Inputs.draw(rows, width, dtype) for _ in range(set_count(elements))]
 
-            def make(index: int, run: Gradient = gradient, drawn: list[Inputs] = sets) -> Call:
-                return lambda: run(drawn[index].logits, drawn[index].target)
+            def make(index: int, by: Gradient = gradient, drawn: list[Inputs] = sets) -> Call:
+                return lambda: by(drawn[index].logits, drawn[index].target)
 
-            yield contend(f"{case} {shape}", name, passes * elements, limits.copy, make, error=error)
+            yield contend(f"{case} {shape}", name, passes * elements, run.limits.copy, make, error=error)
             del sets, make
             torch.cuda.empty_cache()
 
@@ -184,12 +184,21 @@ def host_times() -> dict[str, dict[str, float]]:
 
 def launches(kernel: str) -> Iterator[Launch]:
     """Launches worth timing."""
-    if kernel == "one pass":
-        return itertools.starmap(Launch, itertools.product((8, 16, 32), (1, 2, 4), ("", "evict_last")))
-    return itertools.starmap(Launch, itertools.product((4, 8, 16), (1, 2, 4, 8)))
+    if kernel != "one pass":
+        return itertools.starmap(Launch, itertools.product((4, 8, 16), (1, 2, 4, 8)))
+    policies = list(itertools.product(("", "evict_last"), ("", "evict_first")))
+    whole = [
+        Launch(warps, vectors, policy, 0, store)
+        for warps, vectors in itertools.product((8, 16, 32), (1, 2, 4))
+        for policy, store in policies
+    ]
+    # As many tiles as fit into the registers, and some more, which then spill a little.
+    kept = ((32, 1, (2, 4, 6)), (32, 2, (1, 2, 3)), (32, 4, (1,)), (16, 2, (4, 6, 8)), (16, 4, (1, 2, 3, 4)))
+    sizes = [(warps, vectors, keep) for warps, vectors, keeps in kept for keep in keeps]
+    return iter(whole + [Launch(w, v, policy, keep, store) for w, v, keep in sizes for policy, store in policies])
 
 
-def tune(rows: int, width: int, dtype: torch.dtype, limits: Ceilings) -> Iterator[Row]:
+def tune(rows: int, width: int, dtype: torch.dtype, run: Session) -> Iterator[Row]:
     """Time launches of the three kernels, best first."""
     shape = f"{rows} x {width} {str(dtype).removeprefix('torch.')}"
     sets = [Inputs.draw(rows, width, dtype) for _ in range(2)]
@@ -212,14 +221,15 @@ def tune(rows: int, width: int, dtype: torch.dtype, limits: Ceilings) -> Iterato
     def both(i: int, launch: Launch) -> Any:
         return kernels.loss_and_gradient_into(logits[i], logits[i], target, scale, terms, launch)
 
-    cases: list[tuple[str, int, float, Callable[[int, Launch], Any], Launch]] = [
-        ("statistics", 1, limits.read, statistics, defaults[0]),
-        ("gradient", 2, limits.copy, gradient, defaults[1]),
-        ("one pass", 2, limits.copy, both, defaults[2]),
-    ]
-    for name, passes, limit, call, default in cases:
-        timed = []
-        for launch in dict.fromkeys([default, *launches(name)]):
+    cases: dict[str, tuple[int, float, Callable[[int, Launch], Any], Launch]] = {
+        "statistics": (1, run.limits.read, statistics, defaults[0]),
+        "gradient": (2, run.limits.copy, gradient, defaults[1]),
+        "one pass": (2, run.limits.copy, both, defaults[2]),
+    }
+    for name, (passes, limit, call, default) in run.chosen(cases).items():
+        timed, found = [], list(dict.fromkeys([default, *launches(name)]))
+        compile_all(partial(call, 0), found)
+        for launch in found:
             row = Row(f"{name} {shape}", "default" if launch == default else "", passes * rows * width * size)
             row.note = str(launch)
             try:
@@ -233,9 +243,9 @@ def tune(rows: int, width: int, dtype: torch.dtype, limits: Ceilings) -> Iterato
 
 
 def _best(rows: list[Row]) -> list[Row]:
-    """The first four of each case, and the default."""
+    """The first six of each case, and the default."""
     cases = itertools.groupby(rows, key=lambda row: row.case)
-    return [row for _, group in cases for place, row in enumerate(group) if place < 4 or row.name]
+    return [row for _, group in cases for place, row in enumerate(group) if place < 6 or row.name]
 
 
 def main() -> None:
@@ -244,10 +254,10 @@ def main() -> None:
         dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
         if run.options.tune:
             for shape in TUNED[: 2 if run.options.quick else None]:
-                run.add(_best(list(tune(*shape, run.limits))))
+                run.add(_best(list(tune(*shape, run))))
         else:
             for place, shape in enumerate(QUICK if run.options.quick else SHAPES):
-                run.add(compare(*shape, run.limits, everyone=place == 0))
+                run.add(compare(*shape, run, everyone=place == 0))
             run.add_host_times(host_times())
         dist.destroy_process_group()
 

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from session import session
+from session import Session, session
 from timing import Call, Row, contend, host_seconds, relative_error, set_count, tune
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -160,13 +160,13 @@ def steps() -> dict[str, Attend]:
     return {"composer fused": fused, "composer + torch": apart}
 
 
-def compare(shape: Shape, limit: float) -> Iterator[Row]:
+def compare(shape: Shape, run: Session) -> Iterator[Row]:
     """Time all contenders on one shape."""
     sets = [Inputs.draw(shape) for _ in range(set_count(shape.bytes))]
     exact = _in_float64(sets[0])
     cases = {f"attend {shape}": contenders(shape), f"step {shape}": {k: (lambda f=f: f) for k, f in steps().items()}}
     for case, group in cases.items():
-        for name, load in group.items():
+        for name, load in run.chosen(group).items():
             try:
                 attend = load()
                 error = relative_error(attend(sets[0]), exact) if case.startswith("attend") else None
@@ -177,7 +177,7 @@ def compare(shape: Shape, limit: float) -> Iterator[Row]:
             def make(index: int, attend: Attend = attend) -> Call:
                 return partial(attend, sets[index])
 
-            yield contend(case, name, shape.bytes, limit, make, error=error)
+            yield contend(case, name, shape.bytes, run.limits.read, make, error=error)
 
 
 def _in_float64(x: Inputs) -> Tensor:
@@ -202,18 +202,25 @@ def _default(shape: Shape) -> Launch:
     return default_launch(shape.batch * shape.kv_heads, shape.tokens + shape.page, shape.dim, 2, processors)
 
 
-def tune_decode(shape: Shape, limit: float) -> list[Row]:
-    """Time launches, best first."""
+def tune_decode(shape: Shape, run: Session) -> Iterator[Row]:
+    """Time launches of both forms of a cache, best first."""
     sets = [Inputs.draw(shape) for _ in range(set_count(shape.bytes))]
 
-    def call(index: int, launch: Launch) -> Sequence[Tensor]:
-        x = sets[index]
-        return [launch_decode(x.q, x.k, x.v, x.lengths, None, None, None, None, shape.dim**-0.5, launch)]
+    def decode(x: Inputs, k: Tensor, v: Tensor, table: Tensor | None, launch: Launch) -> Sequence[Tensor]:
+        return [launch_decode(x.q, k, v, x.lengths, None, table, None, None, shape.dim**-0.5, launch)]
+
+    def contiguous(index: int, launch: Launch) -> Sequence[Tensor]:
+        return decode(sets[index], sets[index].k, sets[index].v, None, launch)
+
+    def paged(index: int, launch: Launch) -> Sequence[Tensor]:
+        return decode(sets[index], *sets[index].paged(shape.page), launch)
 
     def near(best: Launch) -> Iterator[Launch]:
         return (dataclasses.replace(best, splits=max(1, round(best.splits * f))) for f in (0.75, 1.25, 1.5))
 
-    return tune(f"attend {shape}", shape.bytes, limit, call, _default(shape), launches(shape), near)
+    for name, call in run.chosen({"attend": contiguous, "paged": paged}).items():
+        case = f"{name} {shape}"
+        yield from tune(case, shape.bytes, run.limits.read, call, _default(shape), launches(shape), near)
 
 
 def host_times() -> dict[str, dict[str, float]]:
@@ -230,8 +237,7 @@ def main() -> None:
     """Run from the command line."""
     with torch.no_grad(), session("decode_attention", __doc__) as run:
         for shape in QUICK if run.options.quick or run.options.tune else SHAPES:
-            limit = run.limits.read
-            run.add(tune_decode(shape, limit) if run.options.tune else compare(shape, limit))
+            run.add(tune_decode(shape, run) if run.options.tune else compare(shape, run))
             torch.cuda.empty_cache()
         if not run.options.tune:
             run.add_host_times(host_times())

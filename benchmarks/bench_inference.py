@@ -5,26 +5,33 @@ to the next ones, choice included, for every request of the batch; it is timed i
 over a cache that holds so many tokens a request. A prefill is a batch of prompts of that length, from the host's lists
 of tokens to the logits on the GPU. The models of a shape take turns in each cell, so that a change of clocks meets all.
 
-The bytes of a step are those of the weights and of the cached keys and values, each read once; its fraction is of the
-copy bandwidth that this GPU reaches in the same run.
+The bytes of a step are those of the weights and of the cached keys and values, each read once; its fractions are of
+the bandwidths of copying and of reading that this GPU reaches in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import itertools
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
-from timing import copy_bandwidth
+from inference_rows import HEADING, Row, compare, show
+from step_profile import Share, shares
+from timing import Ceilings, ceilings, own_stream
 
 from composer_kernels.linear_decode import MOST_ROWS
+from composer_kernels.overlap import Overlap
 from composer_megatron.architecture import Architecture
 from composer_megatron.env import environment
 from composer_megatron.errors import ComposerError
@@ -48,51 +55,6 @@ MOST_PREFILLED = 65_536
 DRAWING = Sampling(temperature=0.8, top_k=50, top_p=0.95)
 
 
-@dataclass
-class Row:
-    """One model in one cell; times in seconds, None where there is none, and then `note` says why.
-
-    Attributes:
-        shape: Preset.
-        model: Llama, or how the Composite was grown.
-        sequence: Its blocks.
-        batch: Requests.
-        context: Tokens of each in the cache, or of each prompt.
-        prefill: Time of the prompts.
-        graph: Time of a decoding step in a CUDA graph, as `Decoder` does it of its own accord.
-        fused: Time of one whose products are `linear_decode`.
-        cublas: Time of one whose products are cuBLAS's, and the rest apart.
-        eager: Time of one launched kernel by kernel.
-        drawn: Time of one in a graph that draws (temperature, top-k and top-p) instead of taking the likeliest token.
-        bytes: Weights and cache that a step reads.
-        fraction: Of the copy bandwidth, by `bytes` and `graph`.
-        cache: Bytes that allocating the cache requested.
-        cache_formula: What they should be.
-        advantage: Llama's `graph` over this one.
-        prefill_advantage: Llama's `prefill` over this one.
-        note: What there is to say.
-    """
-
-    shape: str
-    model: str
-    sequence: str
-    batch: int
-    context: int
-    prefill: float | None = None
-    graph: float | None = None
-    fused: float | None = None
-    cublas: float | None = None
-    eager: float | None = None
-    drawn: float | None = None
-    bytes: int | None = None
-    fraction: float | None = None
-    cache: int | None = None
-    cache_formula: int | None = None
-    advantage: float | None = None
-    prefill_advantage: float | None = None
-    note: str = ""
-
-
 @dataclass(frozen=True)
 class Model:
     """A named architecture and its weights."""
@@ -113,7 +75,7 @@ def models(shape_name: str, names: Sequence[str]) -> list[Model]:
     return [Model(name, known[name], random_weights(known[name], BF16, DEVICE)) for name in names]
 
 
-def measure(model: Model, batch: int, context: int, *, sampled: bool, copy: float) -> Row:
+def measure(model: Model, batch: int, context: int, *, sampled: bool, limits: Ceilings) -> Row:
     """All figures of one model in one cell."""
     row = Row(model.architecture.shape.name, model.name, model.architecture.sequence.notation, batch, context)
     capacity = context + ROOM
@@ -127,22 +89,30 @@ def measure(model: Model, batch: int, context: int, *, sampled: bool, copy: floa
         row.cublas = time_steps(engine, context, IN_GRAPH)
         del engine
         if batch <= MOST_ROWS:
-            row.fused = time_steps(Engine(model.weights, batch, capacity, fused=True), context, IN_GRAPH)
+            for overlap in get_args(Overlap):
+                engine = Engine(model.weights, batch, capacity, fused=True, overlap=overlap)
+                row.fused[overlap] = time_steps(engine, context, IN_GRAPH)
+                del engine
         launched = Engine(model.weights, batch, capacity, graph=False)
-        row.graph = row.fused if launched.decoder.fused else row.cublas
-        row.fraction = row.bytes / row.graph / copy if row.graph else None
+        decoder = launched.decoder
+        row.graph = row.fused[decoder.overlap] if decoder.fused else row.cublas
+        if row.graph:
+            row.fraction, row.read_fraction = (row.bytes / row.graph / rate for rate in (limits.copy, limits.read))
         row.eager = time_steps(launched, context, LAUNCHED)
-        del launched
+        del launched, decoder
         if sampled:
             drawing = Engine(model.weights, batch, capacity, draws=True)
             drawing.admit([Admission(number, [1], DRAWING) for number in range(batch)])
             row.drawn = time_steps(drawing, context, IN_GRAPH)
-    except torch.OutOfMemoryError:
-        row.note = "OOM"
     except Exception as failure:  # one cell must not end the table
         reason = (str(failure).strip() or "no message").splitlines()[0]
-        row.note = f"{type(failure).__name__}: {reason}"[:200]
+        row.note = "OOM" if lacked_memory(failure) else f"{type(failure).__name__}: {reason}"[:200]
     return row
+
+
+def lacked_memory(failure: BaseException | None) -> bool:
+    """Whether an error is for lack of memory, or comes from a capture that ended so."""
+    return failure is not None and (isinstance(failure, torch.OutOfMemoryError) or lacked_memory(failure.__context__))
 
 
 def bytes_of_cache(weights: Weights, batch: int, capacity: int) -> int:
@@ -173,17 +143,19 @@ def time_steps(engine: Engine, context: int, plan: tuple[int, int]) -> float:
         for _ in range(steps):
             engine.step()
 
+    # Of its own: a capture that fails leaves PyTorch's generator as if it went on.
+    generator = torch.Generator(DEVICE).manual_seed(0)
     for layer in engine.decoder.cache:
         if layer is not None:
-            layer.keys.normal_()
-            layer.values.normal_()
+            layer.keys.normal_(generator=generator)
+            layer.values.normal_(generator=generator)
     times = []
     for number in range(samples + 2):
         engine.assume(context)
         seconds = elapsed(run) / steps
         if number >= 2:  # the first capture, compile and warm up
             times.append(seconds)
-        if number == 2 and seconds * steps > 0.5:  # long ones need no repetition
+        if number >= 2 and sum(times) * steps > 0.3:  # long ones need no repetition
             break
     return statistics.median(times)
 
@@ -193,7 +165,9 @@ def time_prefill(engine: Engine, context: int, vocab_size: int, samples: int = 3
     tokens = torch.randint(vocab_size, (engine.rows, context), generator=torch.Generator().manual_seed(0)).tolist()
     admissions = [Admission(row, prompt, GREEDY) for row, prompt in enumerate(tokens)]
     times = []
-    for _ in range(samples + 1):
+    for number in range(samples + 1):
+        if number == 2 and times[-1] > 0.3:  # a long one needs no repetition
+            break
         torch.cuda.synchronize()
         start = time.perf_counter()
         engine.admit(admissions)
@@ -214,50 +188,53 @@ def elapsed(run: Callable[[], None]) -> float:
 
 
 def agreement(model: Model, steps: int = 24) -> str:
-    """Whether graph and single launches choose the same tokens after the same prompts; what is wrong otherwise."""
+    """Whether graph, single launches and overlapping kernels choose the same tokens; what is wrong otherwise."""
     prompts = [[1, 2, 3, 4, 5], [7] * 33]
     found = []
-    for graph in (True, False):
-        engine = Engine(model.weights, len(prompts), 128, graph=graph)
+    for graph, overlap in itertools.product((False, True), get_args(Overlap)):
+        engine = Engine(model.weights, len(prompts), 128, graph=graph, fused=True, overlap=overlap)
         engine.admit([Admission(row, prompt, GREEDY) for row, prompt in enumerate(prompts)])
         for _ in range(steps):
             engine.step()
         found.append(engine.recent(steps).wait().tolist())
-    return "equal" if found[0] == found[1] else f"graph {found[0]}, launched {found[1]}"
+    return "equal" if found.count(found[0]) == len(found) else f"launched {found[0]}, then {found[1:]}"
+
+
+def compile_kernels(model: Model, wanted: Sequence[tuple[int, int]]) -> None:
+    """Run a step of each cell with one block of each kind, on all cores: many cells have kernels of their own.
+
+    What fails here will fail again in its cell.
+    """
+    blocks = {block.attends: block for block in model.weights.blocks}
+    short = dataclasses.replace(model.weights, blocks=tuple(blocks.values()))
+
+    def step(batch: int, context: int, fused: bool, overlap: Overlap) -> None:
+        Engine(short, batch, context + ROOM, graph=False, fused=fused, overlap=overlap).step()
+
+    torch.cuda.synchronize()  # the threads have streams of their own
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for batch in {batch for batch, _ in wanted if batch <= MOST_ROWS}:
+            for overlap in get_args(Overlap):
+                pool.submit(step, batch, min(context for _, context in wanted), True, overlap)
+        for batch, context in wanted:
+            pool.submit(step, batch, context, False, "none")
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def profile(model: Model, context: int) -> list[Share]:
+    """The kernels of a step of one request with so many tokens in the cache."""
+    engine = Engine(model.weights, 1, context + ROOM)
+    engine.assume(context)
+    for _ in range(3):
+        engine.step()
+    return shares(engine.step)
 
 
 def cells(options: argparse.Namespace) -> Iterator[tuple[int, int]]:
     """Batch and context of each cell, small ones first."""
     return itertools.product(options.batches, options.contexts)
-
-
-def show(row: Row) -> None:
-    """Print one line."""
-
-    def cell(value: float | None, scale: float, form: str) -> str:
-        return "-".rjust(int(form.partition(".")[0])) if value is None else format(value * scale, form)
-
-    parts = (
-        cell(row.prefill, 1e3, "10.2f"),
-        cell(row.graph, 1e3, "8.3f"),
-        cell(row.fused, 1e3, "8.3f"),
-        cell(row.cublas, 1e3, "8.3f"),
-        cell(row.eager, 1e3, "8.3f"),
-        cell(row.drawn, 1e3, "8.3f"),
-        cell(row.fraction, 1, "6.3f"),
-        cell(row.advantage, 1, "6.3f"),
-        cell(row.prefill_advantage, 1, "8.3f"),
-        cell(row.cache, 1e-6, "9.1f"),
-        "=" if row.cache == row.cache_formula else "≠",
-    )
-    print(f"{row.shape:5} {row.model:9} {row.batch:5} {row.context:7} {' '.join(parts)} {row.note}", flush=True)
-
-
-HEADING = (
-    f"{'shape':5} {'model':9} {'batch':>5} {'context':>7} {'prefill ms':>10} {'graph ms':>8} {'fused':>8} "
-    f"{'cublas':>8} {'eager ms':>8} {'drawn ms':>8} {'of copy':>6} {'x llama':>6} {'x prefill':>8} "
-    f"{'cache MB':>9} as computed"
-)
 
 
 def parse() -> argparse.Namespace:
@@ -269,6 +246,8 @@ def parse() -> argparse.Namespace:
     options.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64])
     options.add_argument("--contexts", nargs="+", type=int, default=[512, 2048, 8192, 32_768])
     options.add_argument("--output", type=Path, help="write all figures there as JSON, after every cell")
+    options.add_argument("--profile", action="store_true", help="list the kernels of a step of the first cell, too")
+    options.add_argument("--budget", type=float, help="seconds after which no further cell begins")
     chosen = options.parse_args()
     if chosen.quick:
         chosen.shapes, chosen.models = ["1b"], ["llama", "stacked"]
@@ -281,41 +260,57 @@ def main() -> None:
     options = parse()
     if not torch.cuda.is_available():
         raise SystemExit("bench_inference needs a CUDA GPU, and there is none")
-    copy, rows, checks = copy_bandwidth(), list[Row](), dict[str, str]()
-    facts = {"what": __doc__, "date": time.strftime("%Y-%m-%d"), "gpu": torch.cuda.get_device_name(), "copy": copy}
-    facts["environment"] = environment()
-    print(f"{facts['gpu']}, copy {copy / 1e12:.3f} TB/s, weights random\n{HEADING}", flush=True)
+    with own_stream():
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure everything; after each cell what there is is written."""
+    begin, limits = time.monotonic(), ceilings()[0]
+    rows, checks, profiles, left_out = list[Row](), dict[str, str](), dict[str, object](), list[str]()
+    facts = {"what": __doc__, "date": time.strftime("%Y-%m-%d"), "gpu": torch.cuda.get_device_name()}
+    facts |= {"copy": limits.copy, "read": limits.read, "environment": environment()}
+    bandwidths = f"copy {limits.copy / 1e12:.3f} TB/s, read {limits.read / 1e12:.3f} TB/s"
+    print(f"{facts['gpu']}, {bandwidths}, weights random\n{HEADING}", flush=True)
+
+    def write() -> None:
+        if options.output is not None:
+            found = {"checks": checks, "profiles": profiles, "left_out": left_out}
+            write_json(options.output, {**facts, **found, "rows": [asdict(each) for each in rows]})
+
     for shape in options.shapes:
         candidates = models(shape, options.models)
+        compile_kernels(candidates[0], list(cells(options)))
+        print(f"compiled after {time.monotonic() - begin:.0f} s", flush=True)
         for model in candidates:
             name = f"{shape} {model.name}"
             checks[name] = agreement(model)
-            print(f"{name}: graph and single launches choose: {checks[name]}", flush=True)
+            print(f"{name}: graph, single launches and overlapping kernels choose: {checks[name]}", flush=True)
+            if options.profile:
+                profiles[name] = found = [asdict(share) for share in profile(model, min(options.contexts))]
+                for share in found[:14]:
+                    print(f"  {share['us']:9.1f} us {share['launches']:6.1f} x {share['name'][:90]}", flush=True)
         for batch, context in cells(options):
+            if options.budget is not None and time.monotonic() - begin > options.budget:
+                left_out.append(f"{shape}, batch {batch}, context {context}")
+                continue
             llama: Row | None = None
             for model in candidates:
-                row = measure(model, batch, context, sampled=context == min(options.contexts), copy=copy)
+                row = measure(model, batch, context, sampled=context == min(options.contexts), limits=limits)
                 llama = row if model.name == "llama" else llama
                 compare(row, llama)
                 rows.append(row)
                 show(row)
-                if options.output is not None:
-                    write_json(options.output, {**facts, "checks": checks, "rows": [asdict(each) for each in rows]})
+                write()
                 gc.collect()
                 torch.cuda.empty_cache()
         del candidates, model
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def compare(row: Row, llama: Row | None) -> None:
-    """Set a row beside Llama's."""
-    if llama is None:
-        return
-    if row.graph and llama.graph:
-        row.advantage = llama.graph / row.graph
-    if row.prefill and llama.prefill:
-        row.prefill_advantage = llama.prefill / row.prefill
+    write()
+    if left_out:
+        print(f"{len(left_out)} cells left out after {options.budget:.0f} s: {'; '.join(left_out)}", flush=True)
+    print(f"{time.monotonic() - begin:.0f} s in all", flush=True)
 
 
 if __name__ == "__main__":

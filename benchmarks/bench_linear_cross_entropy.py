@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import contest
 import torch
 import torch.nn.functional as F
-from session import session
+from session import Session, session
 from timing import Call, Ceilings, Row, contend, measure, relative_error
 from torch import Tensor
 
@@ -49,8 +50,11 @@ def by_autograd(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Gradients:
     return lambda x: torch.autograd.grad(loss(x.hidden, x.weight, x.target), (x.hidden, x.weight))
 
 
-def contenders() -> dict[str, Callable[[], Gradients]]:
+def contenders(rows: int, features: int) -> dict[str, Callable[[], Gradients]]:
     """Everyone who has this loss; imports happen when called, as peers may be absent."""
+    # quack 0.6 cannot tell rows from columns where a chunk has as many rows as hidden has features; 4096 is its own
+    # choice, and twice the features, where there are as many rows, means fewer chunks.
+    chunk = 4096 if features != 4096 else 8192 if rows >= 8192 else 2048
 
     def into_main_grad(x: Inputs) -> Any:
         loss = linear_cross_entropy(x.hidden, x.weight, x.target, main_grad=x.main_grad)
@@ -60,7 +64,7 @@ def contenders() -> dict[str, Callable[[], Gradients]]:
         from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
         # Without the search for the best product kernels, which takes minutes and concerns the chunked form alone.
-        options = {"use_scaled_exp": scaled_exp, "tuned": False}
+        options = {"use_scaled_exp": scaled_exp, "tuned": False, "chunk_size": chunk if scaled_exp is None else 4096}
         return by_autograd(lambda h, w, y: chunked_linear_cross_entropy(h, w, y, **options))
 
     def liger() -> Gradients:
@@ -88,8 +92,7 @@ def contenders() -> dict[str, Callable[[], Gradients]]:
         return F.cross_entropy(F.linear(h, w), y)
 
     def compiled() -> Gradients:
-        torch._dynamo.reset()
-        return by_autograd(torch.compile(in_torch, dynamic=False))
+        return by_autograd(contest.compiled(in_torch))
 
     return {
         "composer main_grad": lambda: into_main_grad,
@@ -123,29 +126,29 @@ def products_alone(x: Inputs) -> Tensor:
     return result
 
 
-def compare(rows: int, features: int, columns: int, limits: Ceilings, everyone: bool) -> Iterator[Row]:
+def compare(rows: int, features: int, columns: int, run: Session, everyone: bool) -> Iterator[Row]:
     """Time all contenders on one shape; but for the first shape only those who come close."""
-    assert limits.gemm
+    assert run.limits.gemm
     case = f"{rows} x {features} x {columns} bf16"
     work = 6.0 * rows * features * columns
     near = ("composer", "quack", "liger sm90", "products")
     sets = [Inputs.draw(rows, features, columns) for _ in range(2)]
-    for name, load in contenders().items():
+    for name, load in run.chosen(contenders(rows, features)).items():
         if not (everyone or name.startswith(near)):
             continue
         try:
-            run, error = load(), None
+            gradients, error = load(), None
             if name not in ("products alone", "composer all terms"):
-                error = _error(run, features, columns)
+                error = _error(gradients, features, columns)
         except Exception as failure:
             yield Row(case, name, 0, note=f"{type(failure).__name__}: {failure}"[:160])
             continue
 
-        def make(index: int, run: Gradients = run) -> Call:
-            return lambda: run(sets[index % 2])
+        def make(index: int, by: Gradients = gradients) -> Call:
+            return lambda: by(sets[index % 2])
 
         # Weight and logits of one call are far larger than the cache: two sets are enough.
-        yield contend(case, name, 8.0 * rows * columns, limits.gemm, make, work=work, error=error)
+        yield contend(case, name, 8.0 * rows * columns, run.limits.gemm, make, work=work, error=error)
         torch.cuda.empty_cache()
 
 
@@ -214,7 +217,7 @@ def main() -> None:
                 run.add(tune(*shape, run.limits))
         else:
             for place, shape in enumerate(QUICK if run.options.quick else SHAPES):
-                run.add(compare(*shape, run.limits, everyone=place == 0))
+                run.add(compare(*shape, run, everyone=place == 0))
 
 
 if __name__ == "__main__":

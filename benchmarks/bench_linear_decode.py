@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
-from session import session
+from session import Session, session
 from timing import Call, Row, contend, host_seconds, relative_error, set_count, tune
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from composer_kernels.linear_decode import (
     linear_decode,
     linear_decode_reference,
 )
+from composer_kernels.overlap import Overlap, can_overlap
 from composer_kernels.rms_norm import rms_norm
 from composer_kernels.swiglu import swiglu
 
@@ -83,9 +86,9 @@ def draw(shape: Shape) -> Inputs:
 def contenders(shape: Shape) -> dict[str, Callable[[Inputs], Tensor]]:
     """Everyone who multiplies."""
 
-    def ours(inputs: Inputs) -> Tensor:
+    def ours(inputs: Inputs, overlap: Overlap = "none") -> Tensor:
         x, weight, norm, residual = inputs
-        return linear_decode(x, weight, norm_weight=norm, residual=residual, gated=shape.gated)
+        return linear_decode(x, weight, norm_weight=norm, residual=residual, gated=shape.gated, overlap=overlap)
 
     def cublas(inputs: Inputs) -> Tensor:
         x, weight, norm, residual = inputs
@@ -97,16 +100,18 @@ def contenders(shape: Shape) -> dict[str, Callable[[Inputs], Tensor]]:
         x, weight, norm, residual = inputs
         return linear_decode_reference(x, weight, norm_weight=norm, residual=residual, gated=shape.gated)
 
-    return {"composer": ours, "cublas + ours": cublas, "torch.compile": torch.compile(written_down, dynamic=False)}
+    overlapping = functools.partial(ours, overlap="tail")
+    compiled = torch.compile(written_down, dynamic=False)
+    return {"composer": ours, "composer overlap": overlapping, "cublas + ours": cublas, "torch.compile": compiled}
 
 
-def compare(shape: Shape, limit: float) -> Iterator[Row]:
+def compare(shape: Shape, run: Session) -> Iterator[Row]:
     """Time all contenders on one shape."""
     sets = [draw(shape) for _ in range(set_count(shape.bytes))]
     x, weight, *others = sets[0]
     norm, residual = (None if tensor is None else tensor.double() for tensor in others)
     exact = linear_decode_reference(x.double(), weight.double(), norm_weight=norm, residual=residual, gated=shape.gated)
-    for name, multiply in contenders(shape).items():
+    for name, multiply in run.chosen(contenders(shape)).items():
         try:
             error = relative_error(multiply(sets[0]), exact)
         except Exception as failure:  # an absent peer must not end the comparison
@@ -116,19 +121,23 @@ def compare(shape: Shape, limit: float) -> Iterator[Row]:
         def make(index: int, multiply: Callable[[Inputs], Tensor] = multiply) -> Call:
             return functools.partial(multiply, sets[index])
 
-        yield contend(str(shape), name, shape.bytes, limit, make, error=error)
+        yield contend(str(shape), name, shape.bytes, run.limits.read, make, error=error)
 
 
 def launches(shape: Shape) -> Iterator[Launch]:
-    """Launches worth timing."""
-    for outputs in (1, 2, 4, 8, 16):
-        for block in (256, 512, 1024, 2048):
-            for warps in (2, 4, 8):
-                if shape.rows == 1 and outputs * block * (2 if shape.gated else 1) <= 64 * 32 * warps:
-                    yield Launch(outputs, block, warps)
-                    yield Launch(outputs, block, warps, stages=3)
-                elif shape.rows > 1 and block <= 512:
-                    yield Launch(outputs, block, warps)
+    """Launches worth timing: such as give a thread 16 to 64 elements of a block, which are 2 to 8 accesses."""
+    overlap: Overlap = "tail" if can_overlap(torch.cuda.current_device()) else "none"
+    largest = 8192 if shape.rows == 1 else 512
+    for outputs, block, warps in itertools.product((1, 2, 4, 8, 16), (256, 512, 1024, 2048, 4096, 8192), (2, 4, 8, 16)):
+        elements = outputs * block * (2 if shape.gated else 1) // (32 * warps)
+        if elements in (16, 32, 64) and block <= min(largest, shape.inputs):
+            yield Launch(outputs, block, warps, overlap)
+
+
+def refine(best: Launch) -> Iterator[Launch]:
+    """The best one with other overlaps."""
+    for overlap in get_args(Overlap) if can_overlap(torch.cuda.current_device()) else ():
+        yield dataclasses.replace(best, overlap=overlap)
 
 
 def tune_linear(shape: Shape, limit: float) -> list[Row]:
@@ -140,7 +149,7 @@ def tune_linear(shape: Shape, limit: float) -> list[Row]:
         return [launch_linear(x, weight, norm, 1e-5, residual, shape.gated, None, launch)]
 
     default = default_launch(shape.rows, shape.outputs, shape.inputs, shape.gated)
-    return tune(str(shape), shape.bytes, limit, call, default, launches(shape))
+    return tune(str(shape), shape.bytes, limit, call, default, launches(shape), refine)
 
 
 def host_times() -> dict[str, dict[str, float]]:
@@ -160,7 +169,7 @@ def main() -> None:
             if run.options.tune:
                 run.add(tune_linear(shape, run.limits.read))
             else:
-                run.add(compare(shape, run.limits.read))
+                run.add(compare(shape, run))
             torch.cuda.empty_cache()
         if not run.options.tune:
             run.add_host_times(host_times())

@@ -10,11 +10,12 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contest import Contest, Inputs, Operation, compare, host_times
-from session import session
+from contest import Contest, Inputs, Operation, compare, compiled, host_times
+from session import Session, session
 from timing import Row, set_count, tune
 from torch import Tensor
 
@@ -64,13 +65,9 @@ def contenders(width: int) -> dict[str, Callable[[], Operation]]:
         return lambda x, weight: function.apply(x, weight, EPS, 0.0, "llama", True)
 
     def transformer_engine() -> Operation:
-        te = importlib.import_module("transformer_engine.pytorch")
-        module = te.RMSNorm(width, eps=EPS, params_dtype=BF16, device="cuda")
-        return lambda x, weight: torch.func.functional_call(module, {"weight": weight}, x)
-
-    def compiled() -> Operation:
-        torch._dynamo.reset()
-        return torch.compile(lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS), dynamic=False)
+        dtype = importlib.import_module("transformer_engine.pytorch.constants").TE_DType[BF16]
+        kernels = importlib.import_module("transformer_engine_torch")  # which the line above loaded
+        return lambda x, weight: _TransformerEngine.apply(x, weight, kernels, dtype)
 
     return {
         "composer": lambda: lambda x, weight: rms_norm(x, weight, EPS),
@@ -78,9 +75,29 @@ def contenders(width: int) -> dict[str, Callable[[], Operation]]:
         "quack": quack,
         "liger": liger,
         "te": transformer_engine,
-        "torch.compile": compiled,
-        "torch": lambda: lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
+        "torch.compile": lambda: compiled(_in_torch),
+        "torch": lambda: _in_torch,
     }
+
+
+class _TransformerEngine(torch.autograd.Function):
+    """TransformerEngine's two kernels without its module, which frees what it saved after one backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, kernels: Any, dtype: Any) -> Tensor:
+        y, _, rstd = kernels.rmsnorm_fwd(x, weight, EPS, None, None, dtype, 0, False)
+        ctx.save_for_backward(x, rstd, weight)
+        ctx.kernels = kernels
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dx, dweight = ctx.kernels.rmsnorm_bwd(dy, *ctx.saved_tensors, 0, False)
+        return dx, dweight, None, None
+
+
+def _in_torch(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, EPS)
 
 
 def forward_launches(width: int) -> Iterator[Launch]:
@@ -112,7 +129,7 @@ def backward_variants(best: Launch) -> Iterator[Launch]:
         yield replace(best, stages=stages, pin=not best.pin)
 
 
-def tune_norm(rows: int, width: int, limit: float, stream: torch.dtype | None = None) -> list[Row]:
+def tune_norm(rows: int, width: int, run: Session, stream: torch.dtype | None = None) -> Iterator[Row]:
     """Time launches of both kernels, best first; those of `add_rms_norm` where `stream` is a residual's type."""
     sets = [draw(rows, width) for _ in range(set_count(4 * rows * width))]
     xs, weight = [inputs.leaves[0].detach() for inputs in sets], sets[0].leaves[1].detach()
@@ -130,27 +147,18 @@ def tune_norm(rows: int, width: int, limit: float, stream: torch.dtype | None = 
         settings = (rstd, False, True, None, copy_dtype, launch)
         return _norm.launch_backward(sets[index].grads[0], residual, total, weight, *settings)
 
-    size = 0 if stream is None else stream.itemsize
-    forward_bytes = (4 + 2 * size) * rows * width
-    backward_bytes = (6 if stream is None else 2 + 3 * size + (0 if copy_dtype is None else 2)) * rows * width
-    best_forward = tune(
-        f"forward {rows} x {width}{kind}",
-        forward_bytes,
-        limit,
-        forward,
-        _norm.forward_launch(width),
-        forward_launches(width),
-    )
-    best_backward = tune(
-        f"backward {rows} x {width}{kind}",
-        backward_bytes,
-        limit,
-        backward,
-        _norm.backward_launch(width),
-        backward_launches(width),
-        backward_variants,
-    )
-    return best_forward + best_backward
+    size, elements = 0 if stream is None else stream.itemsize, rows * width
+    moved = {
+        "forward": (4 + 2 * size) * elements,
+        "backward": (6 if stream is None else 2 + 3 * size + (0 if copy_dtype is None else 2)) * elements,
+    }
+    default = _norm.backward_launch(width, 4 if stream is None else 2 + 2 * size)
+    cases = {
+        "forward": (forward, _norm.forward_launch(width), forward_launches(width), lambda best: ()),
+        "backward": (backward, default, backward_launches(width), backward_variants),
+    }
+    for name, how in run.chosen(cases).items():
+        yield from tune(f"{name} {rows} x {width}{kind}", moved[name], run.limits.copy, *how)
 
 
 def main() -> None:
@@ -158,11 +166,11 @@ def main() -> None:
     with session("rms_norm", __doc__) as run:
         if run.options.tune:
             for count, width in QUICK if run.options.quick else TUNED:
-                run.add(tune_norm(count, width, run.limits.copy))
+                run.add(tune_norm(count, width, run))
             return
         for count, width in QUICK if run.options.quick else SHAPES:
-            run.add(compare(contest(count, width), contenders(width), run.limits.copy))
-        run.add_host_times(host_times(contest(16, 4096), contenders(4096)))
+            run.add(compare(contest(count, width), run.chosen(contenders(width)), run.limits.copy))
+        run.add_host_times(host_times(contest(16, 4096), run.chosen(contenders(4096))))
 
 
 if __name__ == "__main__":

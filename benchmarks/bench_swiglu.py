@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contest import Contest, Inputs, Operation, compare, host_times
+from contest import Contest, Inputs, Operation, compare, compiled, host_times
 from session import session
 from timing import Row, set_count, tune
 from torch import Tensor
@@ -58,16 +58,12 @@ def contenders() -> dict[str, Callable[[], Operation]]:
         kernels = importlib.import_module("transformer_engine_torch")
         return lambda packed: _TransformerEngine.apply(packed, kernels)
 
-    def compiled() -> Operation:
-        torch._dynamo.reset()
-        return torch.compile(_in_torch, dynamic=False)
-
     return {
         "composer": lambda: ours.swiglu,
         "megatron": megatron,
         "liger": liger,
         "te": transformer_engine,
-        "torch.compile": compiled,
+        "torch.compile": lambda: compiled(_in_torch),
         "torch": lambda: _in_torch,
     }
 
@@ -125,8 +121,8 @@ def main() -> None:
                 run.add(tune_swiglu(count, width, run.limits.copy))
             return
         for count, width in QUICK if run.options.quick else SHAPES:
-            run.add(compare(contest(count, width), contenders(), run.limits.copy))
-        run.add_host_times(host_times(contest(16, 4096), contenders()))
+            run.add(compare(contest(count, width), run.chosen(contenders()), run.limits.copy))
+        run.add_host_times(host_times(contest(16, 4096), run.chosen(contenders())))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python benchmarks/bench_training.py --quick --output results.json
 
 A contender is a model on a backend, in a process of its own (`training_worker`). For each workload all contenders take
-turns in rounds, so that a change of clocks meets all of them, and the median of all steps counts. One that fails gets a
-row that says why. Rows are printed and written to the file as they come.
+turns in rounds, so that a change of clocks meets all of them, and the median of all steps counts. One that runs out of
+memory tries smaller micro-batches; one that fails gets a row that says why. Rows are printed and written to the file as
+they come; those still to come say "not reached". A budget of seconds costs rounds, and at last breakdowns, but no row.
 
 A step is what a data-parallel rank of Megatron-core does: micro-batches with fp32 gradient accumulation, clipping,
 AdamW on fp32 masters of bf16 weights. A rank's share of half a million tokens over eight GPUs is 65,536 tokens, the
@@ -14,6 +15,7 @@ default. TFLOP/s and MFU count causal attention (`Architecture.flops_per_token`)
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import tempfile
@@ -25,7 +27,8 @@ from typing import Any
 
 import torch
 from training_contender import Contender, measure_ceilings
-from training_models import MODELS, STACKED, STRETCHED, Workload, architectures, workload
+from training_models import MODELS, STACKED, STRETCHED, Workload
+from training_plan import Budget, Heat, heats
 from training_roofline import ideal_seconds
 
 from composer_megatron.architecture import Architecture
@@ -37,6 +40,8 @@ PEAK = 989e12
 """Dense bf16 FLOP/s of an H100 or H200, from the data sheet."""
 
 BACKENDS = ("composer", "te", "local", "compile")
+OUT_OF_MEMORY = "out of memory"
+NOT_REACHED = "not reached"
 _WIDTH = 24
 
 
@@ -54,21 +59,35 @@ class Case:
         self.profiles: dict[str, dict[str, Any]] = {}
         self.notes: dict[str, str] = {}
         self.prepared: dict[str, dict[str, Any]] = {}
+        self.sizes = {each.name: self.workload for each in self.contenders}
 
     def prepare(self) -> None:
         """Let all contenders compile and run a first step, side by side."""
-        size = self.workload
         for each in self.contenders:
-            each.send(
-                do="prepare", seq_len=size.seq_len, micro_batch=size.micro_batch, micro_batches=size.micro_batches
-            )
+            self._ask_to_prepare(each)
         for each in self.contenders:
             answer = each.receive()
+            while answer.get("note") == OUT_OF_MEMORY and self._make_smaller(each):
+                answer = each.receive()
             if "note" in answer:
                 self._fail(each, answer["note"])
             else:
                 self.prepared[each.name] = answer
                 print(f"  {each.name} ready after {answer['prepared_in']:.0f} s: {answer['says']}", flush=True)
+
+    def _ask_to_prepare(self, contender: Contender) -> None:
+        contender.send(do="prepare", **dataclasses.asdict(self.sizes[contender.name]))
+
+    def _make_smaller(self, contender: Contender) -> bool:
+        """Ask to prepare half the micro-batch, and forget what was measured with the whole; False where it is one."""
+        size = self.sizes[contender.name]
+        if size.micro_batch == 1:
+            return False
+        self.sizes[contender.name] = size = size.halved()
+        self.answers[contender.name].clear()
+        print(f"  {contender.name}: {OUT_OF_MEMORY}; again with {size.micro_batch} x {size.seq_len}", flush=True)
+        self._ask_to_prepare(contender)
+        return True
 
     def _fail(self, contender: Contender, note: str) -> None:
         self.notes[contender.name] = note
@@ -83,6 +102,11 @@ class Case:
         for each in self.running():
             each.send(do="measure", warmup=warmup, steps=steps)
             answer = each.receive()
+            while answer.get("note") == OUT_OF_MEMORY and self._make_smaller(each):
+                answer = each.receive()
+                if "note" not in answer:
+                    each.send(do="measure", warmup=warmup, steps=steps)
+                    answer = each.receive()
             if "note" in answer:
                 self._fail(each, answer["note"])
             else:
@@ -102,36 +126,27 @@ class Case:
 
     def row(self, contender: Contender) -> dict[str, Any]:
         """Everything known about a contender, as JSON values."""
-        size, architecture = self.workload, contender.architecture
-        row: dict[str, Any] = {
-            "shape": architecture.shape.name,
-            "model": contender.model,
-            "sequence": architecture.sequence.notation,
-            "backend": contender.backend,
-            "seq_len": size.seq_len,
-            "micro_batch": size.micro_batch,
-            "micro_batches": size.micro_batches,
-            "params_total": architecture.params_total,
-            "flops_per_token": architecture.flops_per_token(size.seq_len),
-            "kv_bytes_per_token": architecture.kv_bytes_per_token(),
-            "note": self.notes.get(contender.name, ""),
-            "says": self.prepared.get(contender.name, {}).get("says", ""),
-            "prepared_in": self.prepared.get(contender.name, {}).get("prepared_in"),
-        }
+        architecture = contender.architecture
+        row = empty_row(contender.model, architecture, contender.backend, self.sizes[contender.name])
+        row["note"] = self.notes.get(contender.name, "")
+        row["says"] = self.prepared.get(contender.name, {}).get("says", "")
+        row["prepared_in"] = self.prepared.get(contender.name, {}).get("prepared_in")
         answers = self.answers[contender.name]
         if answers:
-            row |= self._figures(architecture, answers)
-            row |= self._parts(architecture, self.profiles.get(contender.name), row["median_seconds"])
+            size = self.sizes[contender.name]
+            row |= self._figures(architecture, size, answers)
+            row |= self._parts(architecture, size, self.profiles.get(contender.name), row["median_seconds"])
         return row
 
-    def _figures(self, architecture: Architecture, answers: list[dict[str, Any]]) -> dict[str, Any]:
+    def _figures(self, architecture: Architecture, size: Workload, answers: list[dict[str, Any]]) -> dict[str, Any]:
         seconds = [second for answer in answers for second in answer["seconds"]]
         median = statistics.median(seconds)
-        rate = self.workload.tokens / median
-        flops = architecture.flops_per_token(self.workload.seq_len) * rate
+        rate = size.tokens / median
+        flops = architecture.flops_per_token(size.seq_len) * rate
         gemm = self.ceilings["gemm"]
         return {
             "seconds": seconds,
+            "rounds": len(answers),
             "median_seconds": median,
             "spread": (max(seconds) - min(seconds)) / median,
             "tokens_per_second": rate,
@@ -142,10 +157,11 @@ class Case:
             "loss": answers[-1]["loss"],
         }
 
-    def _parts(self, architecture: Architecture, profile: dict[str, Any] | None, median: float) -> dict[str, Any]:
+    def _parts(
+        self, architecture: Architecture, size: Workload, profile: dict[str, Any] | None, median: float
+    ) -> dict[str, Any]:
         parts: dict[str, Any] = {}
         if self.ceilings["gemm"]:
-            size = self.workload
             parts["ideal"] = ideal_seconds(architecture, size.seq_len, size.tokens, self.ceilings)
         if profile and profile["breakdown"]:
             idle = max(0.0, median - profile["busy"])
@@ -154,12 +170,28 @@ class Case:
         return parts
 
 
+def empty_row(model: str, architecture: Architecture, backend: str, size: Workload) -> dict[str, Any]:
+    """What is known of a contender before anything was measured."""
+    return {
+        "shape": architecture.shape.name,
+        "model": model,
+        "sequence": architecture.sequence.notation,
+        "backend": backend,
+        **dataclasses.asdict(size),
+        "params_total": architecture.params_total,
+        "flops_per_token": architecture.flops_per_token(size.seq_len),
+        "kv_bytes_per_token": architecture.kv_bytes_per_token(),
+        "note": NOT_REACHED,
+    }
+
+
 class Report:
     """Rows, on the screen and in the file as they come."""
 
     def __init__(self, output: Path | None, ceilings: dict[str, Any], options: dict[str, Any]) -> None:
         """Begin with none."""
         self._output = output
+        self.ceilings = ceilings
         self._rows: list[dict[str, Any]] = []
         self._result: dict[str, Any] = {
             "what": "training step: forward, loss, backward, gradient accumulation in fp32, clipping, AdamW",
@@ -172,6 +204,13 @@ class Report:
             "rows": self._rows,
         }
 
+    def announce(self, planned: Sequence[Heat], options: argparse.Namespace) -> None:
+        """Print the ceilings, and write down what is to come: a run cut short shows what it lacks."""
+        _print_ceilings(self.ceilings)
+        for heat in planned:
+            for model, backend in heat.pairs:
+                self.put(empty_row(model, heat.models[model], backend, heat.workload(options)))
+
     def put(self, row: dict[str, Any]) -> None:
         """Add a row, or replace the one of the same contender and workload."""
         key = ("shape", "model", "backend", "seq_len")
@@ -179,8 +218,11 @@ class Report:
         if self._output is not None:
             write_json(self._output, self._result)
 
-    def show(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Print rows of one workload, with ratios to the same backend's Llama and to torch.compile's."""
+    def show(self, heat: Heat) -> None:
+        """Print what is known at a length, with ratios to the same backend's Llama and to torch.compile's."""
+        shapes = {architecture.shape.name for architecture in heat.models.values()}
+        rows = [row for row in self._rows if row["seq_len"] == heat.seq_len and row["shape"] in shapes]
+        rows = [row for row in rows if row["note"] != NOT_REACHED]
         rates = {(row["model"], row["backend"]): row.get("tokens_per_second") for row in rows}
         heading = f"{'model':10}{'backend':{_WIDTH}}{'tokens/s':>10}{'spread':>8}{'TFLOP/s':>9}{'MFU':>7}{'of GEMM':>8}"
         print(f"{heading}{'GB':>7}{'/llama':>8}{'/compile':>9}  parts in ms", flush=True)
@@ -192,7 +234,7 @@ def _line(row: dict[str, Any], rates: dict[tuple[str, str], float | None]) -> st
     start = f"{row['model']:10}{row['backend']:{_WIDTH}}"
     rate = row.get("tokens_per_second")
     if rate is None:
-        return f"{start} {row['note'] or 'not measured'}"
+        return f"{start} {row['note'] or 'prepared, not yet measured'}"
     against = (rates.get(("llama", row["backend"])), rates.get((row["model"], "compile")))
     ratios = "".join(f"{rate / other:>8.3f} " if other else f"{'-':>8} " for other in against)
     mfu = "".join("-".rjust(8) if value is None else f"{value:>8.1%}" for value in (row["mfu"], row["of_gemm_rate"]))
@@ -203,66 +245,67 @@ def _line(row: dict[str, Any], rates: dict[tuple[str, str], float | None]) -> st
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure everything asked for, until the budget is spent."""
-    began = time.monotonic()
+    """Measure everything asked for."""
+    planned = heats(options)
+    budget = Budget(options.budget, len(planned))
     with tempfile.TemporaryDirectory(prefix="bench-training-") as name:
         folder = Path(name)
         logs = options.logs or folder
         logs.mkdir(parents=True, exist_ok=True)
-        for shape in options.shapes:
-            models = architectures(shape, options.models, options.stack, options.stretch)
-            pairs = [(model, backend) for backend in options.backends for model in models]
-            for start in range(0, len(pairs), options.together):
-                heat = [
-                    Contender(model, models[model], backend, folder, logs)
-                    for model, backend in pairs[start : start + options.together]
-                ]
-                try:
-                    if start == 0 and shape == options.shapes[0]:
-                        ceilings = measure_ceilings(logs)
-                        report = Report(options.output, ceilings, _plain(options))
-                        _print_ceilings(ceilings)
-                    run_heat(heat, models, options, ceilings, report, began)
-                finally:
-                    for contender in heat:
-                        contender.end()
+        contenders: list[Contender] = []
+        try:
+            report: Report | None = None
+            for before, heat in zip([None, *planned], planned, strict=False):
+                if before is None or before.pairs != heat.pairs or before.models != heat.models:
+                    _end(contenders)
+                    contenders[:] = [
+                        Contender(model, heat.models[model], backend, folder, logs) for model, backend in heat.pairs
+                    ]
+                if report is None:
+                    report = Report(options.output, measure_ceilings(logs), _plain(options))
+                    report.announce(planned, options)
+                contenders[:] = [each.alive() for each in contenders]
+                budget.next()
+                run_heat(heat, contenders, options, report, budget)
+        finally:
+            _end(contenders)
+
+
+def _end(contenders: Sequence[Contender]) -> None:
+    for contender in contenders:
+        contender.end()
 
 
 def run_heat(
-    heat: list[Contender],
-    models: dict[str, Architecture],
-    options: argparse.Namespace,
-    ceilings: dict[str, Any],
-    report: Report,
-    began: float,
+    heat: Heat, contenders: list[Contender], options: argparse.Namespace, report: Report, budget: Budget
 ) -> None:
-    """All workloads of the contenders that run at once."""
-    reference = max(models.values(), key=lambda architecture: architecture.params_total)
-    for seq_len in options.lengths:
-        if time.monotonic() - began > options.budget:
-            print(
-                f"\nno time left for {seq_len} tokens and longer: the budget of {options.budget} s is spent", flush=True
-            )
-            return
-        size = workload(reference, seq_len, options.step_tokens, options.micro_tokens)
-        shape = heat[0].architecture.shape.name
-        print(f"\n{shape}, {size.micro_batches} x {size.micro_batch} x {seq_len} tokens a step", flush=True)
-        heat[:] = [each.alive() for each in heat]
-        case = Case(size, heat, ceilings)
-        case.prepare()
-        for number in range(options.rounds):
-            late = number > 0 and time.monotonic() - began > options.budget
-            for contender in () if late else case.round(options.warmup, options.steps):
-                report.put(case.row(contender))
-            if number == 0:
-                report.show([case.row(each) for each in case.contenders])
-        if not options.no_profile:
-            for contender in case.profile():
-                report.put(case.row(contender))
-        for contender in case.contenders:
+    """One workload."""
+    size = heat.workload(options)
+    shape = contenders[0].architecture.shape.name
+    print(f"\n{shape}, {size.micro_batches} x {size.micro_batch} x {size.seq_len} tokens a step", flush=True)
+    case = Case(size, contenders, report.ceilings)
+    case.prepare()
+    seconds = 0.0  # of a round
+    for number in range(options.rounds):
+        profiling = 0.0 if options.no_profile else seconds
+        if number > 0 and not budget.allows(seconds + profiling):
+            print(f"  {number} of {options.rounds} rounds: the budget is {budget.seconds:.0f} s", flush=True)
+            break
+        start = budget.spent()
+        for contender in case.round(options.warmup, options.steps):
             report.put(case.row(contender))
-        report.show([case.row(each) for each in case.contenders])
-        print(f"({time.monotonic() - began:.0f} s)", flush=True)
+        seconds = budget.spent() - start
+        if number == 0:
+            report.show(heat)
+    if not options.no_profile and budget.spent() < budget.seconds:
+        for contender in case.profile():
+            report.put(case.row(contender))
+    elif not options.no_profile:
+        print(f"  no breakdown: the budget of {budget.seconds:.0f} s is spent", flush=True)
+    for contender in case.contenders:
+        report.put(case.row(contender))
+    report.show(heat)
+    print(f"({budget.spent():.0f} s)", flush=True)
 
 
 def _print_ceilings(ceilings: dict[str, Any]) -> None:
@@ -294,7 +337,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="steps of a turn that do not count (default: 1)")
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn that do (default: 3)")
     parser.add_argument("--together", type=int, default=8, help="contenders that take turns (default: 8)")
-    parser.add_argument("--budget", type=float, default=3600, help="seconds after which no workload begins")
+    parser.add_argument("--budget", type=float, default=3600, help="seconds, for which rounds are left out, never rows")
     parser.add_argument("--no-profile", action="store_true", help="no breakdown of the step")
     parser.add_argument("--output", type=Path, help="write all figures there as JSON")
     parser.add_argument("--logs", type=Path, help="folder for what the contenders print (default: dropped)")

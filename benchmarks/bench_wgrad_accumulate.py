@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from session import session
-from timing import Call, Row, contend, host_seconds, relative_error, set_count
+from session import Session, session
+from timing import Call, Row, contend, host_seconds, in_turns, relative_error, set_count
 from torch import Tensor
 
 from composer_kernels.wgrad_accumulate import wgrad_accumulate, wgrad_gemm_accum_fp32
@@ -87,13 +87,13 @@ def contenders() -> dict[str, Callable[[], Accumulate]]:
     }
 
 
-def compare(shape: Shape, gemm_rate: float) -> list[Row]:
+def compare(shape: Shape, run: Session) -> list[Row]:
     """Time all contenders on one shape."""
     sets = [draw(shape) for _ in range(set_count(shape.bytes))]
-    x, dy, start = sets[0]
+    x, dy, start = (tensor.clone() for tensor in sets[0])  # whoever is timed adds to the accumulators of the sets
     gradient = dy.double().t() @ x.double()
     rows: dict[str, Row] = {}
-    for name, load in contenders().items():
+    for name, load in run.chosen(contenders()).items():
         try:
             accumulate, result = load(), start.clone()
             product = accumulate(x, dy, result)
@@ -106,11 +106,15 @@ def compare(shape: Shape, gemm_rate: float) -> list[Row]:
         def make(index: int, accumulate: Accumulate = accumulate) -> Call:
             return functools.partial(accumulate, *sets[index])
 
-        rows[name] = contend(str(shape), name, shape.bytes, gemm_rate, make, work=shape.work, error=error)
-    plain = rows[PLAIN].graph
-    for row in rows.values():
-        if plain and row.graph:
-            row.note = f"{plain / row.graph:.3f} of the plain product {row.note}".rstrip()
+        rows[name] = contend(str(shape), name, shape.bytes, run.limits.gemm or 0.0, make, work=shape.work, error=error)
+    timed = [name for name, row in rows.items() if row.graph]
+    seconds = in_turns({name: [functools.partial(contenders()[name](), *each) for each in sets] for name in timed})
+    for name in timed:
+        row = rows[name]
+        row.graph = seconds[name]
+        row.fraction = shape.work / (run.limits.gemm or 1.0) / seconds[name]
+        if PLAIN in seconds:
+            row.note = f"{seconds[PLAIN] / seconds[name]:.3f} of the plain product, in turns"
     return list(rows.values())
 
 
@@ -130,7 +134,7 @@ def main() -> None:
             print("wgrad_accumulate has nothing to tune: cuBLAS chooses its kernel")
             return
         for shape in QUICK if run.options.quick else SHAPES:
-            run.add(compare(shape, run.limits.gemm or 0.0))
+            run.add(compare(shape, run))
         run.add_host_times(host_times())
 
 

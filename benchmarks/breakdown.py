@@ -22,7 +22,7 @@ _KINDS = (
     ("loss", r"cross_entropy|softmax|nll_loss|_statistics_kernel|_loss_and_gradient|_gradient_kernel|logsumexp"),
     ("gemm", r"gemm|nvjet|cutlass|xmma|wgmma|splitk|cublas|^triton_tem|^triton_mm"),
     ("copies", r"^memcpy|^memset|^cuda_memcpy"),
-    ("optimizer", r"adam|l2norm|_square_kernel|_prepare_kernel"),
+    ("optimizer", r"adam|l2norm|_square_kernel|_prepare_kernel|_update_kernel"),
     ("communication", r"nccl"),
 )
 
@@ -56,8 +56,9 @@ def kernels_of(events: Iterable[Any]) -> tuple[list[Kernel], list[Kernel]]:
 def breakdown(kernels: Sequence[Kernel], optimizer: Sequence[Kernel] = (), most: int = 25) -> dict[str, Any]:
     """Seconds of a step by kind, how long the GPU was busy at all, and its longest kernels.
 
-    A kernel in a span of `optimizer` is the optimizer's. Between two markers lies the loss head, whose kernels are the
-    loss's unless they are matrix products. What no name explains is element-wise.
+    A kernel in a span of `optimizer` is the optimizer's; the profiler ends a span with the last kernel that PyTorch
+    launched in it, so that names must tell what ours do after that. Between two markers lies the loss head, whose
+    kernels are the loss's unless they are matrix products. What no name explains is element-wise.
 
     Args:
         kernels: In order.

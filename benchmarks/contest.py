@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from timing import Call, Row, contend, host_seconds, relative_error, set_count
+from timing import Call, Row, contend, host_seconds, relative_error, seconds_to_copy, set_count
 from torch import Tensor
 
 Operation = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -41,6 +41,7 @@ class Contest:
         backward_bytes: Likewise the backward pass.
         draw: Makes random inputs.
         exact: Results and gradients of the leaves in float64.
+        spared: Bytes that a contender of that name need not move forward, as it gives less than the others.
     """
 
     shape: str
@@ -48,6 +49,7 @@ class Contest:
     backward_bytes: float
     draw: Callable[[], Inputs]
     exact: Callable[[Inputs], tuple[Sequence[Tensor], Sequence[Tensor]]]
+    spared: Mapping[str, float] = field(default_factory=dict)
 
 
 def compare(contest: Contest, contenders: dict[str, Callable[[], Operation]], limit: float) -> Iterator[Row]:
@@ -68,11 +70,14 @@ def compare(contest: Contest, contenders: dict[str, Callable[[], Operation]], li
             yield Row(contest.shape, name, contest.forward_bytes, note=f"{type(failure).__name__}: {failure}"[:160])
             continue
         for direction, make, moved, error in (
-            ("forward", forward_call, contest.forward_bytes, errors[0]),
+            ("forward", forward_call, contest.forward_bytes - contest.spared.get(name, 0), errors[0]),
             ("backward", backward_call, contest.backward_bytes, errors[1]),
         ):
             calls = functools.partial(_call_on, make, operation, sets)
-            yield contend(f"{direction} {contest.shape}", name, moved, limit, calls, error=error)
+            row = contend(f"{direction} {contest.shape}", name, moved, limit, calls, error=error)
+            if row.graph is not None:
+                row.of_copy = seconds_to_copy(moved) / row.graph
+            yield row
 
 
 def host_times(contest: Contest, contenders: dict[str, Callable[[], Operation]]) -> dict[str, dict[str, float]]:
@@ -101,6 +106,13 @@ def backward_call(operation: Operation, inputs: Inputs) -> Call:
     """The backward pass of a forward pass done here, on gradients of its own: a peer may write over them."""
     results, grads = operation(*inputs.leaves), tuple(grad.clone() for grad in inputs.grads)
     return lambda: torch.autograd.grad(results, inputs.leaves, grads, retain_graph=True, allow_unused=True)
+
+
+def compiled(function: Operation) -> Operation:
+    """By torch.compile, and so that its backward pass can be called again and again."""
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(function, dynamic=False)
 
 
 def _call_on(

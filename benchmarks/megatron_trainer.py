@@ -12,8 +12,6 @@ from torch import Tensor
 from composer_megatron import cpu
 from composer_megatron.architecture import Architecture
 
-_ROWS = "embedding=rows"
-
 
 class MegatronTrainer:
     """A model of one of our backends in Megatron-core's data parallelism, with its mixed-precision optimizer.
@@ -27,8 +25,8 @@ class MegatronTrainer:
 
         Args:
             architecture: What to train.
-            backend: A name in `composer_megatron.backend.BACKENDS`, perhaps followed by ``+part=player``; and by
-                ``+embedding=rows`` for `composer_megatron.layers.embedding`.
+            backend: A name in `composer_megatron.backend.BACKENDS`, perhaps followed by ``+part=player``; with
+                TransformerEngine's projections also by ``+fp8=recipe``, a name of Megatron's `--fp8-recipe`.
             seq_len: Longest sequence to come.
             dtype: Of the weights.
         """
@@ -36,7 +34,6 @@ class MegatronTrainer:
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
         from composer_megatron.backend import get_backend
-        from composer_megatron.layers.embedding import accumulate
         from composer_megatron.model import CompositeModel, initialize_single_process, transformer_config
         from composer_megatron.optimizer import prepare_optimizer
         from composer_megatron.pattern import hybrid_pattern
@@ -46,8 +43,9 @@ class MegatronTrainer:
         initialize_single_process()
         model_parallel_cuda_manual_seed(1)
         name, *parts = backend.split("+")
-        rows = _ROWS in parts
-        players = get_backend(name, dict(part.split("=", 1) for part in parts if part != _ROWS))
+        chosen = dict(part.split("=", 1) for part in parts)
+        recipe = chosen.pop("fp8", None)
+        players = get_backend(name, chosen)
         prepare_optimizer(players.optimizer.use)
         players.install()
         shape = architecture.shape
@@ -64,10 +62,12 @@ class MegatronTrainer:
             bias_dropout_fusion=True,
             cross_entropy_loss_fusion=megatron_loss,
             cross_entropy_fusion_impl="native",
+            **({} if recipe is None else {"fp8": "hybrid", "fp8_recipe": recipe}),
         )
         self.says = players.report(shape, dtype)
         self.model = CompositeModel(
             loss=players.loss.use,
+            embedding_rows=players.embedding.use,
             config=config,
             hybrid_stack_spec=stack_spec(players),
             vocab_size=shape.vocab_size,
@@ -77,8 +77,6 @@ class MegatronTrainer:
             position_embedding_type="rope",
             rotary_base=shape.rope_theta,
         )
-        if rows:
-            accumulate(self.model.embedding.word_embeddings, config)
         if cpu.has_gpu():
             self.model.cuda()
         self._draw()
@@ -134,8 +132,9 @@ class MegatronTrainer:
 
     def step(self, micro_batches: list[Tensor]) -> Tensor:
         """As `Trainer.step`."""
-        self.parallel.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        with torch.profiler.record_function("optimizer"):
+            self.parallel.zero_grad_buffer()
+            self.optimizer.zero_grad()
         for number, tokens in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
             with contextlib.nullcontext() if last else self.parallel.no_sync():

@@ -168,7 +168,8 @@ class PlainTrainer:
         """One optimizer step; returns the last micro-batch's loss."""
         assert self.optimizer is not None
         if self.masters is not None:
-            torch._foreach_zero_(self.gradients)
+            with torch.profiler.record_function("optimizer"):
+                torch._foreach_zero_(self.gradients)
         for tokens in micro_batches:
             loss = self.backward(tokens, 1 / len(micro_batches))
             self._accumulate()

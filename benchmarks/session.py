@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +28,7 @@ class Session:
         op: The operation, for the file and the plot.
         options: What the command line said.
         limits: The ceilings, measured first.
+        reached_by: What reached each of them.
         rows: What was measured so far.
         host_us: The host's microseconds a call, by contender and what it calls.
     """
@@ -32,9 +36,15 @@ class Session:
     op: str
     options: argparse.Namespace
     limits: Ceilings
+    reached_by: dict[str, str]
     rows: list[Row] = field(default_factory=list)
     host_us: dict[str, dict[str, float]] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=environment)
+
+    def chosen[T](self, contenders: Mapping[str, T]) -> dict[str, T]:
+        """Those of the contenders that ``--only`` names by how they begin; all without it."""
+        only = tuple(self.options.only)
+        return {name: contender for name, contender in contenders.items() if not only or name.startswith(only)}
 
     def add(self, rows: Iterable[Row]) -> None:
         """Print and keep rows, each as soon as it is there."""
@@ -59,6 +69,7 @@ class Session:
             "date": time.strftime("%Y-%m-%d"),
             "gpu": torch.cuda.get_device_name(),
             "ceilings": asdict(self.limits),
+            "ceilings_reached_by": self.reached_by,
             "rows": [asdict(row) for row in self.rows],
             "host_us": self.host_us,
             "environment": self.environment,
@@ -76,12 +87,27 @@ def session(op: str, description: str, *, gemm: bool = False) -> Iterator[Sessio
         gemm: Whether the rate of matrix products is among the ceilings.
     """
     options = parser(description).parse_args()
-    with own_stream():
-        limits = ceilings(gemm=gemm)
-        print(_heading(limits), flush=True)
-        run = Session(op, options, limits)
+    _find_torchs_cudnn()
+    # Recorded and dropped: some peers set filters of their own, and none of their remarks belongs between the rows.
+    with warnings.catch_warnings(record=True), own_stream():
+        limits, reached_by = ceilings(gemm=gemm)
+        print(_heading(limits, reached_by), flush=True)
+        run = Session(op, options, limits, reached_by)
         yield run
     plot(options.plot, op, run.rows)
+
+
+def _find_torchs_cudnn() -> None:
+    """Let TransformerEngine load the cuDNN that PyTorch has loaded, and not beside it the system's, of another version.
+
+    It looks into CUDNN_PATH first.
+    """
+    try:
+        package = importlib.util.find_spec("nvidia.cudnn")
+    except ModuleNotFoundError:
+        return
+    if package is not None and package.submodule_search_locations:
+        os.environ.setdefault("CUDNN_PATH", next(iter(package.submodule_search_locations)))
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -89,16 +115,20 @@ def parser(description: str) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=description.partition("\n")[0])
     options.add_argument("--quick", action="store_true", help="few shapes")
     options.add_argument("--tune", action="store_true", help="time launch configurations instead of contenders")
+    options.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="contenders whose names begin so; with --tune kernels"
+    )
     options.add_argument("--output", type=Path, help="write all figures there as JSON")
     options.add_argument("--plot", type=Path, help="write a chart of the fractions there (needs matplotlib)")
     return options
 
 
-def _heading(limits: Ceilings) -> str:
+def _heading(limits: Ceilings, reached_by: Mapping[str, str]) -> str:
     gemm = f", GEMM {limits.gemm / 1e12:.0f} TFLOP/s" if limits.gemm else ""
-    columns = f"{'graph us':>9} {'eager us':>9} {'of limit':>8} {'peak MB':>8} {'error':>8}"
+    columns = f"{'graph us':>9} {'eager us':>9} {'of limit':>8} {'of copy':>8} {'peak MB':>8} {'error':>8}"
+    copy, read = (f"{value / 1e12:.3f} TB/s" for value in (limits.copy, limits.read))
     return (
-        f"ceilings: copy {limits.copy / 1e12:.3f} TB/s, read {limits.read / 1e12:.3f} TB/s{gemm}\n"
+        f"ceilings: copy {copy} ({reached_by['copy']}), read {read} ({reached_by['read']}){gemm}\n"
         f"{'case':42} {'contender':18} {columns}"
     )
 
@@ -108,6 +138,7 @@ def _line(row: Row) -> str:
         _cell(row.graph, 1e6, "9.1f"),
         _cell(row.eager, 1e6, "9.1f"),
         _cell(row.fraction, 1, "8.3f"),
+        _cell(row.of_copy, 1, "8.3f"),
         _cell(row.peak, 1e-6, "8.1f"),
         _cell(row.error, 1, "8.1e"),
     )

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +32,13 @@ class Ceilings:
     gemm: float | None
 
 
+class Measured(NamedTuple):
+    """A ceiling, and by what it was reached."""
+
+    value: float
+    by: str
+
+
 @dataclass
 class Row:
     """One contender in one case; times in seconds, None where there is none, and then `note` says why.
@@ -40,6 +50,8 @@ class Row:
         graph: Median time in a CUDA graph.
         eager: Median time launched one by one, GPU kept busy.
         fraction: Of the ceiling that `bytes` (or FLOPs) and `graph` make.
+        of_copy: How often `graph` goes into a copy that moves as many bytes, which is what a ceiling of gigabytes
+            leaves of a small case: 1 is as fast as a copy.
         peak: Bytes allocated during a call beyond its inputs.
         error: Of the result against float64, as a norm relative to it.
         note: What there is to say.
@@ -51,6 +63,7 @@ class Row:
     graph: float | None = None
     eager: float | None = None
     fraction: float | None = None
+    of_copy: float | None = None
     peak: int | None = None
     error: float | None = None
     note: str = ""
@@ -74,14 +87,19 @@ def set_count(bytes_moved: float) -> int:
     return max(2, math.ceil(4 * cache / max(1.0, bytes_moved)))
 
 
-def measure(calls: Sequence[Call], *, graph: bool, seconds: float = 0.15) -> float:
-    """Median seconds of one call.
+def measure(calls: Sequence[Call], *, graph: bool, seconds: float = 0.06) -> float:
+    """Median seconds of one call, on the current stream, or one of its own where that is the default one.
+
+    A backward pass runs on the stream of its forward pass: who times one makes `own_stream` current before that.
 
     Args:
         calls: The same work on different buffers, which take turns (`set_count`); results live for a turn.
         graph: Whether to replay a CUDA graph of them; else each is launched from Python.
         seconds: How long to measure, about.
     """
+    if torch.cuda.current_stream() == torch.cuda.default_stream():
+        with own_stream():
+            return measure(calls, graph=graph, seconds=seconds)
     _take_turns(calls, 2)
     turn = _elapsed(lambda: _take_turns(calls, 1))
     turns = max(1, math.ceil(2e-3 / turn))
@@ -92,6 +110,23 @@ def measure(calls: Sequence[Call], *, graph: bool, seconds: float = 0.15) -> flo
         run()
     samples = min(100, max(7, math.ceil(seconds / (turn * turns))))
     return statistics.median(_elapsed(run) for _ in range(samples)) / turns / len(calls)
+
+
+def in_turns(contenders: Mapping[str, Sequence[Call]], rounds: int = 20) -> dict[str, float]:
+    """Median seconds of a call of each contender in a CUDA graph, all of them in turns.
+
+    A GPU at the limit of its power changes its clocks by several per cent within seconds: whoever is timed after the
+    others is timed at other clocks. Here every round meets all contenders.
+    """
+    graphs = {}
+    for name, calls in contenders.items():
+        _take_turns(calls, 2)
+        graphs[name] = _capture(functools.partial(_take_turns, calls, 1))
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds + 1):
+        for name, graph in graphs.items():
+            samples[name].append(_elapsed(graph.replay))
+    return {name: statistics.median(taken[1:]) / len(contenders[name]) for name, taken in samples.items()}
 
 
 def _capture(run: Call) -> torch.cuda.CUDAGraph:
@@ -151,33 +186,76 @@ def peak_bytes(call: Call) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def copy_bandwidth(gigabytes: float = 1.0) -> float:
-    """Bytes a second of a copy within the GPU's memory, bytes read and bytes written counted."""
-    source = torch.randn(int(gigabytes * 2**29), device="cuda", dtype=torch.float32).view(torch.bfloat16)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / measure([functools.partial(target.copy_, source)], graph=True)
+def _copy(target: Tensor, source: Tensor) -> Tensor:
+    return target.copy_(source)
 
 
-def read_bandwidth(gigabytes: float = 1.0) -> float:
-    """Bytes a second of a sum over the GPU's memory."""
+def _add_nothing(target: Tensor, source: Tensor) -> Tensor:
+    return torch.add(source, 0, out=target)
+
+
+COPIES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
+    "copy_": (_copy, False),
+    "copy_ in a graph": (_copy, True),
+    "add in a graph": (_add_nothing, True),
+}
+"""Ways to copy and whether in a graph. None is best everywhere: an H100 copies 3.0 TB/s when `copy_` is launched, and
+2.4 when a CUDA graph holds the same call as a node that copies memory."""
+
+
+def best_copy(gigabytes: float = 2.0) -> Measured:
+    """Bytes a second of the fastest way to copy within the GPU's memory, bytes read and bytes written counted."""
     source = torch.randn(int(gigabytes * 2**28), device="cuda")
-    return source.nbytes / measure([functools.partial(torch.sum, source)], graph=True)
+    target = torch.empty_like(source)
+    seconds = {name: _least([functools.partial(way, target, source)], graph) for name, (way, graph) in COPIES.items()}
+    name = min(seconds, key=seconds.__getitem__)
+    return Measured(2 * source.nbytes / seconds[name], name)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of `best_copy`."""
+    return best_copy().value
+
+
+@functools.cache
+def seconds_to_copy(bytes_moved: float) -> float:
+    """Seconds in which a kernel in a graph copies, cold, so that it reads and writes that many bytes in all."""
+    elements = max(1, int(bytes_moved / 8))
+    pairs = [[torch.randn(elements, device="cuda") for _ in range(2)] for _ in range(set_count(bytes_moved))]
+    return measure([functools.partial(_add_nothing, *pair) for pair in pairs], graph=True)
+
+
+def best_read(gigabytes: float = 1.0) -> Measured:
+    """Bytes a second of a sum or a maximum over the GPU's memory."""
+    source = torch.randn(int(gigabytes * 2**28), device="cuda")
+    ways: dict[str, Callable[[Tensor], Tensor]] = {"sum in a graph": torch.sum, "amax in a graph": torch.amax}
+    seconds = {name: _least([functools.partial(way, source)], True) for name, way in ways.items()}
+    name = min(seconds, key=seconds.__getitem__)
+    return Measured(source.nbytes / seconds[name], name)
 
 
 def gemm_rate(size: int = 8192) -> float:
     """FLOP/s of a square bfloat16 matrix product of random numbers."""
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / measure([functools.partial(torch.mm, a, b)], graph=True)
+    return 2 * size**3 / _least([functools.partial(torch.mm, a, b)], True)
 
 
-def ceilings(*, gemm: bool = False) -> Ceilings:
-    """Measure them."""
-    return Ceilings(copy_bandwidth(), read_bandwidth(), gemm_rate() if gemm else None)
+def _least(calls: Sequence[Call], graph: bool, tries: int = 3) -> float:
+    """The best of several measurements: a ceiling must not come from a moment in which something else ran."""
+    return min(measure(calls, graph=graph, seconds=0.1) for _ in range(tries))
+
+
+def ceilings(*, gemm: bool = False) -> tuple[Ceilings, dict[str, str]]:
+    """Measure them; also by what each was reached."""
+    copy, read = best_copy(), best_read()
+    product = gemm_rate() if gemm else None
+    by = {"copy": copy.by, "read": read.by} | ({"gemm": "mm of 8192 x 8192 x 8192 in bf16"} if gemm else {})
+    return Ceilings(copy.value, read.value, product), by
 
 
 def relative_error(result: Tensor, exact: Tensor) -> float:
     """‖result − exact‖ / ‖exact‖ in float64; NaN anywhere makes it NaN."""
-    exact = exact.double()
+    exact = exact.detach().double()
     return float((result.detach().double() - exact).norm() / exact.norm().clamp_min(1e-300))
 
 
@@ -256,14 +334,26 @@ def tune[L](
     def ranked() -> list[tuple[L, Row]]:
         return sorted(rows.items(), key=lambda item: item[1].graph or math.inf)
 
-    for launch in dict.fromkeys((default, *launches)):
-        time_launch(launch)
-    for best, _ in ranked()[:2]:
-        for launch in refine(best):
-            if launch not in rows:
-                time_launch(launch)
+    def time_all(found: Iterable[L]) -> None:
+        new = [launch for launch in dict.fromkeys(found) if launch not in rows]
+        compile_all(functools.partial(call, 0), new)
+        for launch in new:
+            time_launch(launch)
+
+    time_all((default, *launches))
+    time_all([launch for best, _ in ranked()[:2] for launch in refine(best)])
     places = enumerate(row for _, row in ranked())
     return [row for place, row in places if place < show_best or row.name or (row.error or 0) > 0.01]
+
+
+def compile_all[L](call: Callable[[L], object], launches: Iterable[L]) -> None:
+    """Run each launch once, on all cores, since compiling takes most of the time; what fails will fail again, alone."""
+    if not torch.cuda.is_available():
+        return
+    torch.cuda.synchronize()  # the threads have streams of their own
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        wait([pool.submit(call, launch) for launch in launches])
+    torch.cuda.synchronize()
 
 
 def _settings(launch: object) -> str:

@@ -35,6 +35,10 @@ class Workload:
         """Of a step."""
         return self.seq_len * self.micro_batch * self.micro_batches
 
+    def halved(self) -> Workload:
+        """The same tokens in micro-batches of half as many sequences, or a few less where there was an odd number."""
+        return Workload(self.seq_len, self.micro_batch // 2, 2 * self.micro_batches)
+
 
 def architectures(
     shape_name: str, models: Sequence[str], stack: str = STACKED, stretch: str = STRETCHED

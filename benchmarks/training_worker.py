@@ -35,6 +35,8 @@ PLAIN = {"compile": True, "compile-bf16": False}
 class Trainer(Protocol):
     """A model with its optimizer."""
 
+    model: torch.nn.Module
+
     def step(self, micro_batches: list[Tensor]) -> Tensor:
         """One optimizer step over micro-batches of tokens (b, s + 1); returns the last one's loss."""
 
@@ -55,6 +57,8 @@ class _Memory:
     def free(self) -> None:
         if not torch.cuda.is_available():
             return
+        for param in self._trainer.model.parameters():
+            param.grad = None  # which a step that failed left behind
         for storage in (tensor.untyped_storage() for tensor in self._trainer.tensors()):
             if storage.nbytes():
                 self._sizes[storage._cdata] = (storage, storage.nbytes())
@@ -112,10 +116,11 @@ class Worker:
                 self._prepare_plain()
             else:
                 self._prepare_megatron(seq_len)
-            loss = float(self.trainer.step(self.micro_batches[:1]))
+            for _ in range(2):  # the second one beside the optimizer's state, as all that are to come
+                loss = float(self.trainer.step(self.micro_batches[:1]))
         finally:
             self.rest()
-            self.lock.release()
+        self.lock.release()
         says = getattr(self.trainer, "says", "torch.compile, cuDNN attention, fused AdamW")
         return {"prepared_in": time.perf_counter() - start, "first_loss": loss, "says": says}
 
@@ -123,6 +128,11 @@ class Worker:
         import megatron.core.models.hybrid.hybrid_model  # noqa: F401 - slow, so side by side with the others
         from megatron_trainer import MegatronTrainer
 
+        from composer_megatron.backend import get_backend
+
+        name, *parts = self.backend.split("+")
+        players = get_backend(name, dict(part.split("=", 1) for part in parts))
+        players.report(self.architecture.shape, self.dtype)  # imports the attention that it finds, which is slow, too
         self.lock.take()
         if self.trainer is None:
             self.trainer = MegatronTrainer(self.architecture, self.backend, seq_len, self.dtype)
@@ -238,14 +248,16 @@ def _serve(worker: Worker, commands: Iterable[str], answer: Callable[[dict[str, 
     for line in commands:
         command = json.loads(line)
         try:
-            answer(known[command.pop("do")](**command))
+            found = known[command.pop("do")](**command)
         except Exception as error:  # the reason goes into the row; the others go on
             import traceback
 
             traceback.print_exc()
-            answer({"note": _note(error)})
-            del error
-            worker.rest()
+            found = {"note": _note(error)}
+        if "note" in found:
+            worker.rest()  # only now nothing refers to the tensors of the step that failed
+            worker.lock.release()
+        answer(found)
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ NUMBERS = {
     "decode_attention": (2, 64, 2, 2, 16, 16),
     "linear_decode": (2, 24, 64, True, True),
     "wgrad_accumulate": (32, 16, 8),
+    "fp8": (32, 16, 48),
 }
 """Arguments of `Shape` for the others."""
 
@@ -72,8 +73,10 @@ def kernel_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     monkeypatch.syspath_prepend(str(FOLDER))
     timing = importlib.import_module("timing")  # the others take these functions from there
     monkeypatch.setattr(timing, "own_stream", nullcontext)
-    monkeypatch.setattr(timing, "ceilings", lambda gemm: timing.Ceilings(1e12, 1e12, 1e12 if gemm else None))
+    limits = {gemm: timing.Ceilings(1e12, 1e12, 1e12 if gemm else None) for gemm in (False, True)}
+    monkeypatch.setattr(timing, "ceilings", lambda gemm: (limits[gemm], {"copy": "a copy", "read": "a read"}))
     monkeypatch.setattr(timing, "measure", lambda calls, **_: _run_each(calls))
+    monkeypatch.setattr(timing, "in_turns", lambda calls: {name: _run_each(each) for name, each in calls.items()})
     monkeypatch.setattr(timing, "host_seconds", lambda call: _run_each([call]))
     monkeypatch.setattr(timing, "peak_bytes", lambda call: 0)
 
