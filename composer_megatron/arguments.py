@@ -127,7 +127,8 @@ def parse_options(argv: Sequence[str]) -> Options:
         default=[],
         metavar="PART=NAME",
         help="one part by another backend, such as attention=te; or loss=linear for the loss without logits in memory, "
-        "rope=qkv for rotary embeddings on query, key and value at once; may be given several times",
+        "linear=fp8 for projections in 8 bits, activation=quack for SwiGLU within the matrix products; may be given "
+        "several times",
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks, and the value of every flag")
     parser.add_argument(

@@ -30,16 +30,21 @@ Optimizer = Literal["composer", "megatron"]
 
 
 _TE = "TransformerEngine"
+_AT_ONCE = ", on query, key and value at once"
 
 
 def _nothing() -> None: ...
 
 
 class Linears(NamedTuple):
-    """The projections: into a block, split over tensor-parallel ranks by outputs, and out of it, split by inputs."""
+    """The projections: into a block, split over tensor-parallel ranks by outputs, and out of it, split by inputs.
+
+    An MLP has a class of its own where the two work together in it; None for Megatron-core's.
+    """
 
     column_parallel: Builder
     row_parallel: Builder
+    mlp: type[Any] | None = None
 
 
 class Fusion(NamedTuple):
@@ -48,7 +53,8 @@ class Fusion(NamedTuple):
     Attributes:
         on: Whether the configuration is to say so.
         install: Puts our function where Megatron looks, for the whole process; does nothing the second time.
-        joined: Whether the rotary embedding takes queries, keys and values as the projection left them, in one tensor.
+        joined: Whether the rotary embedding takes queries, keys and values as the projection left them, in one tensor,
+            wherever that can be (`composer_megatron.guards.settle_joined_rope`).
     """
 
     on: bool
@@ -80,6 +86,7 @@ class Backend:
         linear: The projections of the blocks.
         activation: SwiGLU on the joined gate and up halves, ``activation(config=)``; None for Megatron-core's own.
         rope: The function that applies the rotary embedding.
+        embedding: Whether the embedding adds its gradient to Megatron's buffer itself, the rows of the tokens alone.
         loss: What `composer_megatron.model.CompositeModel` computes the loss with.
         optimizer: Which Adam `composer_megatron.optimizer.prepare_optimizer` is to take.
         gradient_accumulation: What adds a weight's gradient to Megatron's buffer within its matrix multiplication.
@@ -92,6 +99,7 @@ class Backend:
     linear: Part[Linears]
     activation: Part[Builder | None]
     rope: Part[Fusion]
+    embedding: Part[bool]
     loss: Part[Loss]
     optimizer: Part[Optimizer]
     gradient_accumulation: Part[Fusion]
@@ -104,7 +112,7 @@ class Backend:
                 fusion.install()
 
     def quantises(self) -> bool:
-        """Whether the projections can compute in fp8 and fp4, which TransformerEngine's do."""
+        """Whether the projections obey Megatron's fp8 and fp4 flags, as TransformerEngine's do."""
         return self.linear.says == _TE
 
     def attends_by_itself(self) -> bool:
@@ -142,6 +150,7 @@ def _local() -> Backend:
         linear=Part("Megatron", Linears(ColumnParallelLinear, RowParallelLinear)),
         activation=Part("Megatron", None),
         rope=Part("Megatron", Fusion(on=False)),
+        embedding=Part("Megatron", use=False),
         loss=Part("Megatron", "megatron"),
         optimizer=Part("Megatron's", "megatron"),
         gradient_accumulation=Part("autograd", Fusion(on=False)),
@@ -168,7 +177,8 @@ def _composer() -> Backend:
         norm=Part(f"{ours}, with residual additions", FusedRMSNorm),
         attention=Part("the best kernel that fits", FusedCoreAttention),
         activation=Part(ours, SwiGLU),
-        rope=Part(ours, Fusion(on=True, install=fused_rope.install)),
+        rope=Part(f"{ours}{_AT_ONCE}", Fusion(on=True, install=fused_rope.install, joined=True)),
+        embedding=Part("gradient of the tokens' rows", use=True),
         loss=Part(ours, "cross_entropy"),
         optimizer=Part(ours, "composer"),
         gradient_accumulation=Part(accumulation, Fusion(on=True, install=wgrad.install)),
@@ -209,7 +219,14 @@ BACKENDS: Mapping[str, Callable[[], Backend]] = MappingProxyType(
 LINEAR_LOSS = Part[Loss]("fused with the output layer", "linear_cross_entropy")
 """The loss without logits in memory, which any backend can have: ``loss=linear``."""
 
-_SPECIAL = (("loss", "linear"), ("rope", "qkv"))
+_SPECIAL = (
+    ("loss", "linear"),
+    ("rope", "qkv"),
+    ("rope", "apart"),
+    ("activation", "quack"),
+    ("linear", "fp8"),
+    ("linear", "fp8-wgrad"),
+)
 
 
 def default_backend() -> str:
@@ -222,7 +239,8 @@ def get_backend(name: str | None = None, parts: Mapping[str, str] = MappingProxy
 
     Args:
         name: A name in `BACKENDS`; None for that of the machine.
-        parts: From names in `PARTS` to names in `BACKENDS`, or for the loss to "linear", for rope to "qkv".
+        parts: From names in `PARTS` to names in `BACKENDS`, or for the loss to "linear", for rope to "qkv" or "apart",
+            for activation to "quack", for linear to "fp8" or "fp8-wgrad".
 
     Raises:
         UsageError: If there is no such backend or part, with those that there are.
@@ -235,17 +253,40 @@ def get_backend(name: str | None = None, parts: Mapping[str, str] = MappingProxy
     for part, player in parts.items():
         _known("backend part", part, PARTS)
         special = (part, player) in _SPECIAL
-        changes[part] = _special(part) if special else getattr(_row(player), part)
+        changes[part] = _special(part, player) if special else getattr(_row(player), part)
     mixed = "+".join((backend.name, *(f"{part}={player}" for part, player in parts.items())))
     return dataclasses.replace(backend, name=mixed, **changes)
 
 
-def _special(part: str) -> Part[Any]:
-    """The player of that part that belongs to no backend."""
+def _special(part: str, player: str) -> Part[Any]:
+    """The player of that name, which belongs to no backend."""
     if part == "loss":
         return LINEAR_LOSS
+    if part == "activation":
+        return _within_products()
+    if part == "linear":
+        return _eight_bits(wgrad=player == "fp8-wgrad")
     rope = _row("composer").rope
-    return Part(f"{rope.says}, on query, key and value at once", rope.use._replace(joined=True))
+    return rope if player == "qkv" else Part(rope.says.removesuffix(_AT_ONCE), rope.use._replace(joined=False))
+
+
+def _within_products() -> Part[Builder | None]:
+    require("quack", "activation=quack", "pip install quack-kernels")
+    require("triton", "activation=quack", "pip install triton")
+    from composer_megatron.layers.gated_mlp import GatedSwiGLU
+
+    return Part("quack, within the matrix products", GatedSwiGLU)
+
+
+def _eight_bits(*, wgrad: bool) -> Part[Linears]:
+    require("triton", "linear=fp8", "pip install triton")
+    from composer_megatron.layers import fp8, fp8_mlp
+
+    if wgrad:
+        pair = fp8.EightBitGradients
+        return Part("fp8, weight gradients too", Linears(pair.Column, pair.Row, fp8_mlp.Fp8MLP))
+    plain = Linears(fp8.Fp8ColumnParallelLinear, fp8.Fp8RowParallelLinear, fp8_mlp.Fp8MLP)
+    return Part("fp8, weight gradients not", plain)
 
 
 def _row(name: str) -> Backend:

@@ -19,11 +19,13 @@ class CompositeModelConfig(HybridModelConfig):
 
     Attributes:
         loss: See `CompositeModel`.
+        embedding_rows: See `CompositeModel`.
         rope_scaling_factor: See `CompositeModel`.
     """
 
     builder: ClassVar[str] = "composer_megatron.builder.CompositeModelBuilder"
     loss: Loss = "megatron"
+    embedding_rows: bool = False
     rope_scaling_factor: float = 1.0
 
 
@@ -51,6 +53,7 @@ class CompositeModelBuilder(HybridModelBuilder):
             vocab_size = calculate_padded_vocab_size(vocab_size, multiple, ranks)
         return CompositeModel(
             loss=config.loss,
+            embedding_rows=config.embedding_rows,
             rope_scaling_factor=config.rope_scaling_factor,
             config=config.transformer,
             hybrid_stack_spec=config.hybrid_stack_spec,

@@ -23,6 +23,7 @@ from composer_megatron.commands.evidence import (
     evidence_growth,
     evidence_oracle,
     evidence_regret,
+    evidence_standing,
 )
 from composer_megatron.commands.extrapolate import aggregate, extrapolate
 from composer_megatron.commands.generate import generate
@@ -65,6 +66,7 @@ COMMANDS = (
     evidence_oracle,
     evidence_regret,
     evidence_agreement,
+    evidence_standing,
     evidence_ablation,
     evidence_growth,
     report,

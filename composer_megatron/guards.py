@@ -329,27 +329,26 @@ def check_tensor_parallelism(symbols: Iterable[str], config: TransformerConfig) 
         raise UsageError(f"{what} under tensor parallelism needs sequence parallelism: add --sequence-parallel")
 
 
-def check_joined_rope(config: TransformerConfig) -> None:
-    """Refuse `fused_single_qkv_rope` where Megatron-core would fail an assertion, or turn the wrong heads in silence.
+def settle_joined_rope(config: TransformerConfig) -> None:
+    """Take `fused_single_qkv_rope` back where Megatron-core would fail, or turn the wrong heads in silence.
+
+    Megatron-core does not tell the function of interleaved pairs, and gives it whole query groups alone; test mode,
+    flash decoding and gated attention want query, key and value apart.
 
     Raises:
-        UsageError: With what to use instead.
+        UsageError: If there is no such function here.
     """
     if not config.fused_single_qkv_rope:
         return
     from megatron.core.transformer import attention
 
-    asked = "fused_single_qkv_rope=True"
     if not attention.HAVE_FUSED_QKV_ROPE:
-        raise UsageError(f"{asked}: nothing here turns query, key and value at once: add --backend-part rope=qkv")
-    if config.rotary_interleaved:
         raise UsageError(
-            f"{asked} beside rotary_interleaved=True, of which Megatron-core does not tell it: leave one out"
+            "fused_single_qkv_rope=True: nothing here turns query, key and value at once: add --backend-part rope=qkv"
         )
-    groups, ranks = config.num_query_groups, config.tensor_model_parallel_size
-    if groups < ranks:
-        problem = f"{asked}: {ranks} tensor-parallel ranks share {groups} query groups, of which it takes whole ones"
-        raise UsageError(f"{problem}; leave it out, or use at most {groups} tensor-parallel ranks")
+    apart = config.rotary_interleaved or config.num_query_groups < config.tensor_model_parallel_size
+    if apart or config.test_mode or config.flash_decode or config.attention_output_gate:
+        config.fused_single_qkv_rope = False
 
 
 def check_schedule(config: TransformerConfig) -> None:

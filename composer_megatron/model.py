@@ -43,13 +43,22 @@ class CompositeModel(HybridModel):
     Parameters and their names stay as they are.
     """
 
-    def __init__(self, *args: Any, loss: Loss = "megatron", rope_scaling_factor: float = 1.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        loss: Loss = "megatron",
+        embedding_rows: bool = False,
+        rope_scaling_factor: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         """Build one stage.
 
         Args:
             args: As for `HybridModel`.
             loss: How labels become losses: as Megatron does it, or with `composer_kernels` from logits, or straight
                 from hidden states without logits in memory.
+            embedding_rows: Whether the embedding adds its gradient to Megatron's buffer row by row
+                (`composer_megatron.layers.embedding`).
             rope_scaling_factor: As in `Shape`; `HybridModel` has no scaling, though Megatron-core's GPTModel has.
             kwargs: As for `HybridModel`, with a ``rotary_base``.
         """
@@ -57,6 +66,10 @@ class CompositeModel(HybridModel):
         self.loss = loss
         if rope_scaling_factor != 1:
             self._scale_rotary_embeddings(kwargs["rotary_base"], rope_scaling_factor)
+        if embedding_rows and self.pre_process:
+            from composer_megatron.layers.embedding import accumulate
+
+            accumulate(self.embedding.word_embeddings, self.config)
         if loss == "linear_cross_entropy" and self._loss_skips_logits():
             from composer_megatron.layers.loss import LossOutputLayer
 
@@ -172,6 +185,7 @@ def build_model(
     with torch.device("meta") if meta else nullcontext():
         model = CompositeModel(
             loss=players.loss.use,
+            embedding_rows=players.embedding.use,
             config=transformer_config(architecture, dtype=dtype, backend=players, on_cpu=meta or not cpu.has_gpu()),
             hybrid_stack_spec=stack_spec(players),
             vocab_size=shape.vocab_size,

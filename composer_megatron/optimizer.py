@@ -23,6 +23,7 @@ from torch import Tensor
 from composer_megatron.arguments import Flags
 from composer_megatron.cpu import Replacement
 from composer_megatron.errors import FileError, UsageError
+from composer_megatron.optimizer_step import GradScale, replacements
 
 Name = Literal["auto", "composer", "megatron", "torch"]
 """Which Adam: "auto" for TransformerEngine's or Apex's where installed, else ours; "composer" for ours; "megatron" for
@@ -41,8 +42,8 @@ def prepare_optimizer(name: Name = "auto") -> str:
     Raises:
         ComposerError: If it needs a package that is missing.
     """
-    used, replacements = _choose(name)
-    for replacement in replacements:
+    used, changes = _choose(name)
+    for replacement in changes:
         replacement.install()
     return used
 
@@ -60,10 +61,10 @@ def using_optimizer(name: Name = "auto") -> Iterator[str]:
     Raises:
         ComposerError: If it needs a package that is missing.
     """
-    used, replacements = _choose(name)
-    before = [(item.owner, item.name, getattr(item.owner, item.name)) for item in replacements]
+    used, changes = _choose(name)
+    before = [(item.owner, item.name, getattr(item.owner, item.name)) for item in changes]
     try:
-        for replacement in replacements:
+        for replacement in changes:
             replacement.install()
         yield used
     finally:
@@ -87,17 +88,17 @@ def _choose(name: Name) -> tuple[str, tuple[Replacement, ...]]:
         return installed, (mended,)
     used = "composer" if name in ("auto", "composer") else "torch"
     like_apex = "the count of steps is in param_groups; each tensor of a parameter's state has its shape"
-    replacements = [
+    changes = [
         mended,
         Replacement(optimizer, "Adam", ComposerAdam if used == "composer" else TorchAdam, "the Adam that is built"),
         Replacement(optimizer, "USING_PYTORCH_OPTIMIZER", False, "or the name above is not looked at"),
         Replacement(distrib_optimizer, "HAVE_APEX_OR_TE", True, like_apex),
     ]
     if installed is None:
-        replacements.append(Replacement(distrib_optimizer, "USING_APEX_OPTIMIZER", True, like_apex))
+        changes.append(Replacement(distrib_optimizer, "USING_APEX_OPTIMIZER", True, like_apex))
     if used == "composer":
-        replacements += _clipping()
-    return used, tuple(replacements)
+        changes += [*_clipping(), *replacements()]
+    return used, tuple(changes)
 
 
 def _counting_padding(sharded_state: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,7 +127,7 @@ def _counting_padding(sharded_state: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _clipping() -> list[Replacement]:
-    """Our norm and PyTorch's scaling of all gradients at once, where neither TransformerEngine nor Apex clips."""
+    """Our norm, left on the GPU, and PyTorch's scaling of all gradients at once, where nobody else's kernels clip."""
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads
 
@@ -138,6 +139,12 @@ def _clipping() -> list[Replacement]:
     return [
         Replacement(clip_grads, "l2_norm_impl", _norm, "else a launch for each tensor, whose result is waited for"),
         Replacement(clip_grads, "multi_tensor_scale_impl", _scale, "else two launches for each tensor"),
+        Replacement(
+            clip_grads,
+            "multi_tensor_scale_tensor_impl",
+            _scale,
+            "else the norm is waited for, and the GPU then for the host",
+        ),
     ]
 
 
@@ -147,11 +154,11 @@ def _norm(_chunk: int, _overflow: Tensor, tensors: Sequence[Sequence[Tensor]], _
     return grad_norm(tensors[0]).view(1), None
 
 
-def _scale(_chunk: int, _overflow: Tensor, tensors: Sequence[Sequence[Tensor]], factor: float) -> None:
+def _scale(_chunk: int, _overflow: Tensor, tensors: Sequence[Sequence[Tensor]], factor: float | Tensor) -> None:
     source, target = tensors
     if source is not target:
         torch._foreach_copy_(list(target), list(source))
-    torch._foreach_mul_(list(target), factor)
+    torch._foreach_mul_(list(target), factor.reshape(()) if isinstance(factor, Tensor) else factor)
 
 
 class _Ready(NamedTuple):
@@ -269,7 +276,12 @@ class MegatronAdam(torch.optim.Optimizer):
 
 
 class ComposerAdam(MegatronAdam):
-    """Ours: a few launches for all parameters (`composer_kernels.adamw`)."""
+    """Ours: a few launches for all parameters (`composer_kernels.adamw`).
+
+    Attributes:
+        copies: Weights in 16 bits that receive a rounded copy of a parameter in a step, by the parameter;
+            `composer_megatron.optimizer_step` fills it for the time of a step.
+    """
 
     def __init__(self, params: Any, *args: Any, adam_w_mode: bool = True, **options: Any) -> None:
         """As `MegatronAdam`.
@@ -279,11 +291,17 @@ class ComposerAdam(MegatronAdam):
         """
         if not adam_w_mode:
             raise UsageError("our Adam has decoupled weight decay only; use --backend-part optimizer=local")
+        from composer_kernels.adamw import Memo
+
         super().__init__(params, *args, **options)
+        self.copies: dict[Tensor, Tensor] = {}
+        self._memo = Memo()
 
     def _update(self, groups: Sequence[_Ready]) -> None:
         from composer_kernels.adamw import Group, update_groups
 
+        params, grads = ([each for ready in groups for each in getattr(ready, name)] for name in ("params", "grads"))
+        scale = GradScale.take(params, grads) if params else None
         update_groups(
             [
                 Group(
@@ -292,7 +310,7 @@ class ComposerAdam(MegatronAdam):
                     exp_avgs=ready.exp_avgs,
                     exp_avg_sqs=ready.exp_avg_sqs,
                     steps=ready.group["step"],
-                    copies=[None] * len(ready.params),
+                    copies=[self.copies.get(param) for param in ready.params],
                     lr=ready.group["lr"],
                     betas=ready.group["betas"],
                     eps=ready.group["eps"],
@@ -300,7 +318,9 @@ class ComposerAdam(MegatronAdam):
                     maximize=False,
                 )
                 for ready in groups
-            ]
+            ],
+            scale,
+            memo=self._memo,
         )
 
 

@@ -83,7 +83,10 @@ def check_packages(given: Flags, backend: Backend) -> None:
         if asked and importlib.util.find_spec(package) is None:
             raise UsageError(f"{flag_of(name)}: needs the package {package}, which is missing; {instead}")
     if (given.get("fp8") or given.get("fp4")) and not backend.quantises():
-        raise UsageError("--fp8-format, --fp4-format: TransformerEngine's linear layers do it; add --backend te")
+        raise UsageError(
+            "--fp8-format, --fp4-format: TransformerEngine's linear layers do it; add --backend te, or give "
+            "--backend-part linear=fp8 instead, which does fp8 without it"
+        )
     if given.get("cross_entropy_fusion_impl") == "te":
         raise UsageError("--cross-entropy-fusion-impl te: Megatron refuses it; use --backend-part loss=composer")
     if given.get("cross_entropy_loss_fusion") and backend.loss.use != "megatron":

@@ -62,7 +62,9 @@ def attention_spec(backend: Backend) -> ModuleSpec:
 
 def mlp_spec(backend: Backend) -> ModuleSpec:
     """One block of SwiGLU, gate and up in one matrix: ``x + down(silu(gate(norm(x))) · up(norm(x)))``."""
-    mlp = functools.partial(MLP.as_mlp_submodule, submodules=_swiglu(backend))
+    # Projections may come with what lies between them, and an activation with its products.
+    whole: type[MLP] = backend.linear.use.mlp or getattr(backend.activation.use, "mlp", MLP)
+    mlp = functools.partial(whole.as_mlp_submodule, submodules=_swiglu(backend))
     return ModuleSpec(
         module=CompositeLayer,
         submodules=TransformerLayerSubmodules(

@@ -26,8 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import WrappedTensor, deprecate_inference_params, log_single_rank, make_viewless_tensor
 from torch import Tensor, nn
 
-from composer_megatron.errors import UsageError
-from composer_megatron.guards import check_joined_rope, check_schedule, check_tensor_parallelism
+from composer_megatron.guards import check_schedule, check_tensor_parallelism, settle_joined_rope
 from composer_megatron.layers.block import CompositeLayer, Inputs, Stream
 from composer_megatron.layers.mamba import Mamba2Layer
 from composer_megatron.layers.norm import RMSNorm
@@ -71,7 +70,7 @@ class CompositeStack(HybridStack):
             kwargs: As for `HybridStack`.
         """
         check_schedule(config)
-        check_joined_rope(config)
+        settle_joined_rope(config)
         super().__init__(config, submodules, *args, post_layer_norm=False, **kwargs)
         check_tensor_parallelism(self.layer_type_list, config)
         self.post_layer_norm = post_layer_norm
@@ -125,16 +124,8 @@ class CompositeStack(HybridStack):
 
         Returns:
             Hidden states of the same shape.
-
-        Raises:
-            UsageError: If rotary embeddings on the joined tensor are to serve packed sequences or generation.
         """
         context = deprecate_inference_params(inference_context, inference_params)
-        if self.config.fused_single_qkv_rope and (context is not None or packed_seq_params is not None):
-            what = "packed sequences" if context is None else "generation"
-            raise UsageError(
-                f"fused_single_qkv_rope=True (--backend-part rope=qkv) does not serve {what}: leave it out"
-            )
         inputs = Inputs(attention_mask, context, rotary_pos_emb, packed_seq_params)
         with self._random_generator():
             if self.unfused_because is None and padding_mask is None:

@@ -351,9 +351,10 @@ def _pretrain(args: Namespace, backend: "Backend", resumption: Resumption, text:
     with _refusing_flags():
         config = hybrid_config_from_args(args, model_config_cls=CompositeModelConfig)
         config.loss = backend.loss.use
+        config.embedding_rows = backend.embedding.use
         config.rope_scaling_factor = args.rope_scaling_factor if args.use_rope_scaling else 1.0
-        config.transformer.fused_single_qkv_rope = args.apply_rope_fusion and backend.rope.use.joined
-        if args.spec is None:
+        if args.spec is None:  # whose layers need not know when it cannot be
+            config.transformer.fused_single_qkv_rope = args.apply_rope_fusion and backend.rope.use.joined
             config.hybrid_stack_spec = stack_spec(backend)
             config.pre_wrap_hooks.append(_initialize_weights)
         container = pretrain_cfg_container_from_args(args, config)

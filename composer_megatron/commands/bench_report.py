@@ -11,6 +11,9 @@ from composer_megatron.display import console
 from composer_megatron.errors import ComposerError, UsageError
 from composer_megatron.files import write_text
 
+_LENGTHS = tuple(2**power for power in range(11, 18))
+"""Tokens, 2,048 to 131,072, between which the curve of a Composite's gain is drawn."""
+
 if TYPE_CHECKING:
     from composer_megatron.bench_report import Results
     from composer_search.report.benchmarks import Measured
@@ -51,6 +54,7 @@ def bench_report(
 
 def measured(found: Results) -> Measured:
     """The results as the page takes them."""
+    from composer_megatron.bench_lengths import at_ceilings, gains
     from composer_megatron.bench_report import ratios
     from composer_search.report.benchmarks import Measured
 
@@ -61,11 +65,28 @@ def measured(found: Results) -> Measured:
         for gpu, shape, backend, model in pairs
         if model != "llama"
     }
+    carried = gains(found.training)
+    by_name = {gain.name: gain for gain in carried}
+    beside = [
+        (name, length, ratio, by_name[name].at(length) if name in by_name else None)
+        for name, points in curves.items()
+        for length, ratio in points
+    ]
+    bounds = {
+        (f"{row['shape']} {row['model']}, {row['backend']}, {row['source'].gpu}", row["seq_len"]): at_ceilings(
+            row, found.training
+        )
+        for row in found.training
+        if row["model"] != "llama"
+    }
     return Measured(
         training=training,
         inference=[{**row, "gpu": row["source"].gpu} for row in found.inference],
         kernels=[{**vars(verdict), "gpu": source.gpu} for verdict, source in found.kernels],
         ratios=curves,
+        carried={gain.name: [(length, gain.at(length)) for length in _LENGTHS] for gain in carried},
+        explained=[gain.says() for gain in carried],
+        gains=[(*each, bounds.get(each[:2])) for each in beside],
         ceilings=found.ceilings,
         sources=[f"{source.file}: {source.kind}, {source.says()}" for source in found.sources],
     )

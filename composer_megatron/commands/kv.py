@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from typing import cast
 
 from rich.table import Table
 from tyro.conf import Positional
@@ -48,8 +49,11 @@ def kv(
         _show(rows, contexts, memory)
     failed = [trial for trial in trials if not trial["holds"]]
     if failed:
+        disturbed = max(cast(int, trial["others"]) for trial in failed)
+        why = f"; other processes held up to {disturbed / _GIGABYTE:.1f} GB of this GPU, try without them"
         raise ComposerError(
             f"{len(failed)} of {len(trials)} batches did not fit as computed, the first: {failed[0]['said']}"
+            + (why if disturbed else "")
         )
 
 
@@ -126,6 +130,9 @@ def _check(
             trial = try_batch(architecture, weights, batch, context)
             holds = trial.used is not None and trial.used <= memory and trial.cache == trial.cache_formula
             used = "out of memory" if trial.used is None else f"{trial.used / _GIGABYTE:.1f} GB in use"
+            if trial.others:
+                left = (here - trial.others) / _GIGABYTE
+                used += f" (other processes hold {trial.others / _GIGABYTE:.1f} GB and leave {left:.1f})"
             asked = f"{row.shape} {name}: {batch:,} requests of {context:,} tokens in {memory / _GIGABYTE:.0f} GB"
             said = f"{asked}: {used}, cache {trial.cache:,} bytes of {trial.cache_formula:,}"
             print(said, file=sys.stderr, flush=True)

@@ -15,10 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from composer_kernels.overlap import Overlap
 from composer_megatron.errors import UsageError
-from composer_megatron.inference.decoder import Decoder
+from composer_megatron.inference.decoder import OVERLAP, Decoder
 from composer_megatron.inference.limits import PREFILL_TOKENS, SPARE
-from composer_megatron.inference.sampling import Sampling, Settings, draw
+from composer_megatron.inference.sampling import Sampling, Settings, draw, likeliest
 from composer_megatron.inference.weights import Weights
 
 _PADDING = 128
@@ -90,6 +91,7 @@ class Engine:
         vocab_size: int | None = None,
         graph: bool = True,
         fused: bool | None = None,
+        overlap: Overlap = OVERLAP,
         prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
         """Allocate everything; the graph is captured at the first step.
@@ -102,9 +104,10 @@ class Engine:
             vocab_size: Choose ids below this alone; None for all.
             graph: Whether a step on a GPU is a CUDA graph; otherwise its kernels are launched one by one.
             fused: As `Decoder`.
+            overlap: As `Decoder`.
             prefill_tokens: Most tokens of a pass over prompts, padding included.
         """
-        self.decoder = Decoder(weights, rows, capacity, fused=fused)
+        self.decoder = Decoder(weights, rows, capacity, fused=fused, overlap=overlap)
         self.rows, self.capacity = rows, capacity
         device, vocabulary = weights.embedding.device, len(weights.output)
         self._on_gpu = device.type == "cuda"
@@ -177,7 +180,7 @@ class Engine:
         place = self._lengths[:, None]
         logits = self._logits[:, : self._choices]
         if self._settings is None:
-            token = logits.argmax(-1)
+            token = likeliest(logits)
         else:
             token = draw(logits, self._settings, self._uniforms.gather(1, place)[:, 0])
         self._tokens.scatter_(1, place, token[:, None])

@@ -14,6 +14,7 @@ from composer_megatron.inference.engine import Admission, Engine
 from composer_megatron.inference.limits import SPARE
 from composer_megatron.inference.sampling import GREEDY
 from composer_megatron.inference.weights import Weights, random_weights
+from composer_megatron.kv import CUDA_BYTES
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Trial:
         context: Tokens of each.
         cache: Bytes that allocating the cache requested.
         cache_formula: Bytes that it should have.
-        used: Bytes of the GPU in use at the peak, CUDA's own among them; None where memory ran out.
+        used: Bytes of the GPU that this process used at the peak, CUDA's own among them; None where memory ran out.
+        others: Bytes that other processes held before or after it, as far as can be seen from here.
     """
 
     batch: int
@@ -33,6 +35,7 @@ class Trial:
     cache: int
     cache_formula: int
     used: int | None
+    others: int
 
 
 def try_batch(architecture: Architecture, weights: Weights, batch: int, context: int) -> Trial:
@@ -46,27 +49,33 @@ def try_batch(architecture: Architecture, weights: Weights, batch: int, context:
     used: int | None = None
     held = 0
     formula = batch * architecture.state_bytes(context)
+    others = others_bytes()
+    torch.cuda.reset_peak_memory_stats()
     try:
         held = _cache_bytes(weights, batch, context)
         engine = Engine(weights, batch, context)
         engine.admit([Admission(0, [1] * (context - SPARE), GREEDY)])
-        after_prompt = _used_bytes()
         for _ in range(SPARE // 2):
             engine.step()
-        used = max(after_prompt, _used_bytes())
+        torch.cuda.synchronize()
+        used = torch.cuda.max_memory_reserved() + min(_outside_bytes(), CUDA_BYTES)
         del engine
     except torch.OutOfMemoryError:
         used = None
     gc.collect()
     torch.cuda.empty_cache()
-    return Trial(batch, context, held, formula, used)
+    return Trial(batch, context, held, formula, used, max(others, others_bytes()))
 
 
-def _used_bytes() -> int:
-    """Of the GPU, what the allocator keeps for its next use among them: the peak since it gave any back."""
-    torch.cuda.synchronize()
+def others_bytes() -> int:
+    """Bytes of the GPU that other processes hold: what PyTorch does not, beyond the sum that is left for CUDA's own."""
+    return max(0, _outside_bytes() - CUDA_BYTES)
+
+
+def _outside_bytes() -> int:
+    """Bytes in use that PyTorch's allocator does not hold: CUDA's own, and other processes'."""
     free, total = torch.cuda.mem_get_info()
-    return total - free
+    return int(total - free - torch.cuda.memory_reserved())
 
 
 def weights_for(architecture: Architecture) -> Weights:

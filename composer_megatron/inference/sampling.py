@@ -81,6 +81,21 @@ class Settings(NamedTuple):
         self.top_p[row] = 1.0 if sampling.top_p is None else sampling.top_p
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """The id of each row's largest logit, of equal ones the first: (b, v) to (b,), int64.
+
+    A GPU reduces a row in a few programs only, which takes 31 us for 128,256 logits on an H100, so that a row is first
+    reduced in parts.
+    """
+    count = logits.shape[-1]
+    part = next((size for size in (512, 256, 128, 64) if count % size == 0), None)
+    if part is None or count < 64 * part:
+        return logits.argmax(-1)
+    values, places = logits.unflatten(-1, (-1, part)).max(-1)
+    best = values.argmax(-1, keepdim=True)
+    return (best * part + places.gather(-1, best))[:, 0]
+
+
 def draw(logits: Tensor, settings: Settings, uniforms: Tensor) -> Tensor:
     """Choose a token id for each row; equal logits and numbers give equal ids on every device.
 

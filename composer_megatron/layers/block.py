@@ -1,5 +1,7 @@
 """CompositeLayer: one block, which can leave its residual addition to the norm of the block after it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -39,6 +42,17 @@ class Inputs:
     inference_context: BaseInferenceContext | None
     rotary_pos_emb: Tensor | None
     packed_seq_params: PackedSeqParams | None
+
+
+@contextmanager
+def _apart(config: TransformerConfig) -> Iterator[None]:
+    """Have query, key and value turned one after the other, as generation and packed sequences want it."""
+    joined = config.fused_single_qkv_rope
+    config.fused_single_qkv_rope = False
+    try:
+        yield
+    finally:
+        config.fused_single_qkv_rope = joined
 
 
 class CompositeLayer(TransformerLayer):
@@ -73,8 +87,15 @@ class CompositeLayer(TransformerLayer):
             The stream after this block; without one what `TransformerLayer` returns.
         """
         if stream is None or inputs is None:
-            return super().forward(*args, **kwargs)
-        with self.get_inner_quantization_context():
+            names = ("inference_context", "inference_params", "packed_seq_params")
+            apart = kwargs.get("rotary_pos_emb") is None or any(kwargs.get(name) is not None for name in names)
+            with _apart(self.config) if apart else nullcontext():
+                return super().forward(*args, **kwargs)
+        apart = inputs.rotary_pos_emb is None or inputs.inference_context is not None
+        with (
+            self.get_inner_quantization_context(),
+            _apart(self.config) if apart or inputs.packed_seq_params is not None else nullcontext(),
+        ):
             return self._extend(stream, inputs)
 
     def _extend(self, stream: Stream, inputs: Inputs) -> Stream:

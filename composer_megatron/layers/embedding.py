@@ -55,13 +55,14 @@ class _Lookup(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, buffer: Tensor, shared: bool) -> Tensor:
         ctx.save_for_backward(tokens, weight)
         ctx.buffer, ctx.shared = buffer, shared
-        return F.embedding(tokens, weight)
+        # Megatron wants (s, b, h) next: looked up in that order, it need not be copied.
+        return F.embedding(tokens.transpose(0, 1), weight).transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weight = ctx.saved_tensors
-        rows = gradients[0].reshape(-1, weight.shape[1]).to(ctx.buffer.dtype)
-        ctx.buffer.index_add_(0, tokens.reshape(-1), rows)
+        rows = gradients[0].transpose(0, 1).reshape(-1, weight.shape[1]).to(ctx.buffer.dtype)
+        ctx.buffer.index_add_(0, tokens.transpose(0, 1).reshape(-1), rows)
         if hasattr(weight, "grad_added_to_main_grad"):
             weight.grad_added_to_main_grad = True
             if not ctx.shared:  # Megatron's hooks want to see a gradient, and drop it

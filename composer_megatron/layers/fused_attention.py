@@ -26,10 +26,21 @@ class FusedCoreAttention(CoreAttention):
         return choose_attention(query, key, key).name
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """As `CoreAttention.attend`; a mask in memory is PyTorch's business, and so are values of another width."""
+        """As `CoreAttention.attend`; a mask in memory is PyTorch's business, and so are values of another width.
+
+        Megatron's tensors lie as (s, b, heads, d), kernels give (b, s, heads, d), and the output would be copied twice,
+        forward and backward. One sequence with the heads of all lies alike in both, and a query head finds its group:
+        sequence i's head j is head i · heads + j, and its group i · groups + j // (heads / groups).
+        """
         if mask is not None or key.shape[-1] != value.shape[-1]:
             return sdpa(query, key, value, mask, self.window, self.scale)
-        return cast(Tensor, attention(query, key, value, window=self.window, scale=self.scale))
+        batch, length, *head = query.shape
+        sequence_first = all(x.stride(0) == x.shape[2] * x.stride(2) for x in (query, key, value))
+        if batch == 1 or not sequence_first:
+            return cast(Tensor, attention(query, key, value, window=self.window, scale=self.scale))
+        joined = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
+        output = cast(Tensor, attention(*joined, window=self.window, scale=self.scale))
+        return output.view(length, batch, *head).transpose(0, 1)
 
     def attend_to_packed(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
         """As `CoreAttention.attend_to_packed`."""

@@ -39,3 +39,11 @@ def main_grad(weight: Tensor, config: TransformerConfig) -> Tensor | None:
         return None
     buffer = getattr(weight, "main_grad", None)
     return buffer if buffer is not None and buffer.dtype == torch.float32 else None
+
+
+def stand_in(weight: Tensor) -> Tensor | None:
+    """What autograd is given in place of a gradient that was added to the buffer: Megatron's hooks run on one."""
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)

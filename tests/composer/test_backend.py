@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.transformer import attention
 
@@ -19,8 +21,8 @@ from composer_megatron.architecture import Architecture
 from composer_megatron.arguments import Flags, backend_flags, given_flags, parse_options
 from composer_megatron.backend import BACKENDS, PARTS, get_backend
 from composer_megatron.errors import ComposerError, UsageError
-from composer_megatron.guards import check_joined_rope
-from composer_megatron.layers import wgrad
+from composer_megatron.guards import settle_joined_rope
+from composer_megatron.layers import fused_rope, wgrad
 from composer_megatron.model import CompositeModel, build_model
 from composer_megatron.packages import check_packages
 from composer_megatron.sequence import CompositeSequence
@@ -93,38 +95,67 @@ def test_every_backend_builds_the_same_parameters(name):
 
 
 class TestJoinedRope:
-    """``rope=qkv``: the rotary embedding takes query, key and value as the projection left them."""
+    """The rotary embedding takes query, key and value as the projection left them, where that can be."""
 
     @pytest.mark.parametrize("letters", ["A", "AMAAM"])
     def test_it_computes_what_the_parts_one_after_the_other_do(self, letters, monkeypatch):
-        calls = []
-        ours = model(letters, dtype=torch.float32, backend="composer", parts={"rope": "qkv"})
-        turn = attention.apply_fused_qkv_rotary_pos_emb
-        monkeypatch.setattr(attention, "apply_fused_qkv_rotary_pos_emb", lambda *args: calls.append(0) or turn(*args))
-        found = losses_and_gradients(ours)
+        calls = self.count(monkeypatch)
+        found = losses_and_gradients(model(letters, dtype=torch.float32, backend="composer"))
         assert len(calls) == letters.count("A")
-        wanted = losses_and_gradients(model(letters, dtype=torch.float32, backend="composer"))
-        assert len(calls) == letters.count("A")  # without the part nothing is joined
+        apart = model(letters, dtype=torch.float32, backend="composer", parts={"rope": "apart"})
+        wanted = losses_and_gradients(apart)
+        assert len(calls) == letters.count("A")  # none more
         assert_close(found, wanted)
 
-    def test_what_it_cannot_serve_is_refused(self, monkeypatch):
-        built = model("A", backend="composer", parts={"rope": "qkv"})
-        hidden = torch.zeros(4, 1, SHAPE.hidden_size)
-        with pytest.raises(UsageError, match="does not serve generation"):
-            built.decoder(hidden, None, SimpleNamespace())
-        with pytest.raises(UsageError, match="does not serve packed sequences"):
-            built.decoder(hidden, None, packed_seq_params=SimpleNamespace())
-        asked = SimpleNamespace(
-            fused_single_qkv_rope=True, rotary_interleaved=False, num_query_groups=2, tensor_model_parallel_size=2
-        )
-        check_joined_rope(asked)
-        with pytest.raises(UsageError, match="use at most 2 tensor-parallel ranks"):
-            check_joined_rope(SimpleNamespace(**vars(asked) | {"tensor_model_parallel_size": 4}))
-        with pytest.raises(UsageError, match="beside rotary_interleaved"):
-            check_joined_rope(SimpleNamespace(**vars(asked) | {"rotary_interleaved": True}))
+    @staticmethod
+    def count(monkeypatch) -> list[int]:
+        """One entry for each call to come of the function that takes all three."""
+        get_backend("composer").install()
+        calls: list[int] = []
+        turn = attention.apply_fused_qkv_rotary_pos_emb
+        monkeypatch.setattr(fused_rope, "_apply_to_joined", lambda *args: calls.append(0) or turn(*args))
+        fused_rope.install()
+        return calls
+
+    def test_generation_and_packed_sequences_have_them_apart(self, monkeypatch):
+        """With the same numbers, also where backward runs the layers again."""
+        calls = self.count(monkeypatch)
+        built = model("AM", dtype=torch.float32, backend="composer")
+        tokens = torch.randint(0, SHAPE.vocab_size, (1, 12), generator=torch.Generator().manual_seed(4))
+        positions = torch.arange(12)[None]
+        whole = built(tokens, positions, None)
+        assert len(calls) == 1
+        starts = torch.tensor([0, 12], dtype=torch.int32)
+        packed = PackedSeqParams("thd", starts, starts, max_seqlen_q=12, max_seqlen_kv=12)
+        torch.testing.assert_close(built(tokens, positions, None, packed_seq_params=packed), whole)
+        context = StaticInferenceContext(1, 16)
+        torch.testing.assert_close(built(tokens, positions, None, inference_context=context), whole)
+        assert len(calls) == 1
+        assert built.config.fused_single_qkv_rope  # for the next pass
+
+    def test_it_is_taken_back_where_megatron_cannot(self, monkeypatch):
+        usual = {
+            "fused_single_qkv_rope": True,
+            "rotary_interleaved": False,
+            "num_query_groups": 2,
+            "tensor_model_parallel_size": 2,
+            "test_mode": False,
+            "flash_decode": False,
+            "attention_output_gate": False,
+        }
+
+        def settled(**changes) -> bool:
+            config = SimpleNamespace(**usual | changes)
+            settle_joined_rope(config)
+            return config.fused_single_qkv_rope
+
+        assert settled()
+        assert not settled(tensor_model_parallel_size=4)
+        for name in ("rotary_interleaved", "test_mode", "flash_decode", "attention_output_gate"):
+            assert not settled(**{name: True})
         monkeypatch.setattr(attention, "HAVE_FUSED_QKV_ROPE", False)
         with pytest.raises(UsageError, match="add --backend-part rope=qkv"):
-            check_joined_rope(asked)
+            settled()
 
 
 def test_transformer_engine_on_the_meta_device_gets_a_message(monkeypatch):

@@ -23,7 +23,8 @@ def training_row(model: str, backend: str, seq_len: int, rate: float | None, not
     if rate is not None:
         row |= {"tokens_per_second": rate, "median_seconds": seq_len / rate, "tflops": 500.0, "mfu": 0.5056}
         row |= {"spread": 0.01, "of_gemm_rate": 0.71, "peak_bytes": 43e9}
-        row |= {"breakdown": {"gemm": 0.04, "idle": 0.01}, "ideal": {"gemm": 0.03}}
+        attention = {"llama": 0.02, "stacked": 0.01}[model] * seq_len / 4096
+        row |= {"breakdown": {"gemm": 0.02, "attention": attention, "idle": 0.03 - attention}, "ideal": {"gemm": 0.03}}
     return row
 
 
@@ -55,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
         {"case": "forward", "name": name, "graph": seconds, "fraction": 0.9, "note": ""}
         for name, seconds in (("composer", 1e-4), ("liger", 2e-4))
     ]
-    write("kernel-swiglu.json", {"op": "swiglu", "rows": kernels})
+    write("kernel-swiglu.json", {"op": "swiglu", "ceilings_reached_by": {"copy": "add"}, "rows": kernels})
     write("notes.json", {"something": "else"})
     return tmp_path
 
@@ -96,6 +97,17 @@ def test_headline_figures_follow_from_the_files(folder: Path) -> None:
     ):
         assert wanted in text
     assert headline(read_results(folder / "nvidia-h100")) == text
+
+
+def test_fractions_of_a_ceiling_that_was_measured_too_low_are_not_shown(folder: Path) -> None:
+    file = folder / "nvidia-h100/kernel-swiglu.json"
+    result = json.loads(file.read_text())
+    del result["ceilings_reached_by"]
+    file.write_text(json.dumps(result | {"ceilings": {"copy": 2.4e12}}))
+    found = read_results(folder)
+    assert found.kernels[0][0].fraction is None
+    assert found.ceilings["NVIDIA H100"]["copy"] == 3.0e12
+    assert "1 operations, 1 cases; faster than" in headline(found)
 
 
 def test_nothing_measured_is_said(tmp_path: Path) -> None:

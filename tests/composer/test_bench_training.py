@@ -1,11 +1,13 @@
 """The training benchmark: the plain model is the same model, a step's parts add up, contenders that fail say why."""
 
 import dataclasses
+import gc
 import importlib
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import ModuleType
 
@@ -109,13 +111,14 @@ def test_kernels_are_counted_once_and_by_kind(load) -> None:
         kernel("overlapping_gemm", 7.25, 7.75),
         kernel("vectorized_elementwise_kernel", 9.0, 9.5),  # in the optimizer's span
         kernel("Memset (Device)", 10.0, 10.5),
+        kernel("_update_kernel", 11.0, 11.25),  # the optimizer's, outside the span
     ]
     found = module.breakdown(kernels, [kernel("optimizer", 8.5, 9.75)])
     assert found["breakdown"] == pytest.approx(
-        {"gemm": 4.5, "elementwise": 0.75, "attention": 1.0, "loss": 0.75, "optimizer": 0.5, "copies": 0.5}
+        {"gemm": 4.5, "elementwise": 0.75, "attention": 1.0, "loss": 0.75, "optimizer": 0.75, "copies": 0.5}
     )
-    assert found["busy"] == pytest.approx(3.5 + 2.5 + 0.75 + 0.5 + 0.5)
-    assert found["launches"] == 10
+    assert found["busy"] == pytest.approx(3.5 + 2.5 + 0.75 + 0.5 + 0.5 + 0.25)
+    assert found["launches"] == 11
     assert found["kernels"][0]["kind"] == "gemm"
 
 
@@ -157,29 +160,29 @@ def test_ideal_seconds_of_llama_1b(load) -> None:
 
 
 def test_models_of_a_shape(load) -> None:
-    bench = load("bench_training")
-    made = bench.architectures("1b", bench.MODELS)
+    models = load("training_models")
+    made = models.architectures("1b", models.MODELS)
     assert {name: each.sequence.count("A") for name, each in made.items()} == {
         "llama": 16,
         "stacked": 9,
         "stretched": 10,
         "matched": 9,
     }
-    large = bench.architectures("3b", ["stacked", "stretched"])
+    large = models.architectures("3b", ["stacked", "stretched"])
     assert [(each.sequence.count("A"), each.sequence.count("M")) for each in large.values()] == [(16, 32), (15, 33)]
     llama = made["llama"].matrix_parameters
     assert made["matched"].matrix_parameters == pytest.approx(llama, rel=2e-3)
     assert made["stacked"].matrix_parameters > 1.02 * llama
-    assert "matched" not in bench.architectures("3b", bench.MODELS)  # stacking comes out even there
+    assert "matched" not in models.architectures("3b", models.MODELS)  # stacking comes out even there
     with pytest.raises(UsageError, match="bigger"):
-        bench.architectures("1b", ["bigger"])
+        models.architectures("1b", ["bigger"])
 
 
 def test_a_step_has_the_tokens_asked_for(load) -> None:
-    bench = load("bench_training")
+    models = load("training_models")
     llama = Architecture(CompositeSequence("AM" * 16), PRESETS["1b"])
     for length in (2048, 4096, 8192, 16_384, 32_768):
-        size = bench.workload(llama, length, 65_536, 16_384)
+        size = models.workload(llama, length, 65_536, 16_384)
         assert size.tokens == 65_536
         assert size.micro_batch == max(1, 16_384 // length)
 
@@ -188,11 +191,11 @@ def test_a_step_has_the_tokens_asked_for(load) -> None:
     ("shape", "gigabytes", "tokens"), [("1b", 80, 16_384), ("3b", 80, 4096), ("3b", 141, 16_384), ("350m", 80, 16_384)]
 )
 def test_micro_batches_fit_the_gpu(load, monkeypatch, shape: str, gigabytes: int, tokens: int) -> None:
-    bench = load("bench_training")
+    models = load("training_models")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, gigabytes * 10**9))
-    llama = bench.architectures(shape, ["llama"])["llama"]
-    size = bench.workload(llama, 4096, 65_536, None)
+    llama = models.architectures(shape, ["llama"])["llama"]
+    size = models.workload(llama, 4096, 65_536, None)
     assert size.micro_batch * size.seq_len == tokens
     assert size.tokens == 65_536
 
@@ -232,3 +235,92 @@ def test_a_worker_that_dies_is_reported_and_replaced(load, tmp_path: Path) -> No
     assert other is not contender
     other.end()
     contender.end()
+
+
+def test_a_budget_costs_rounds_and_never_a_row(load, monkeypatch) -> None:
+    bench = load("bench_training")
+    now = [0.0]
+    monkeypatch.setattr(load("training_plan").time, "monotonic", lambda: now[0])
+    budget = bench.Budget(100.0, 4)
+    budget.next()
+    assert budget.allows(25.0)
+    assert not budget.allows(25.1)
+    now[0] = 40.0  # late: the others share what is left
+    budget.next()
+    assert budget.allows(20.0)
+    assert not budget.allows(20.1)
+    now[0] = 120.0
+    budget.next()
+    assert not budget.allows(0.1)
+    options = bench.parse(["--models", "llama", "stacked", "--backends", "composer", "compile", "--together", "2"])
+    options.shapes, options.lengths = ["1b"], [8192, 32_768]
+    found = [(heat.seq_len, [backend for _, backend in heat.pairs]) for heat in bench.heats(options)]
+    assert found == [
+        (8192, ["composer"] * 2),
+        (32_768, ["composer"] * 2),
+        (8192, ["compile"] * 2),
+        (32_768, ["compile"] * 2),
+    ]
+
+
+def test_without_memory_a_contender_tries_smaller_micro_batches(load, capsys) -> None:
+    bench = load("bench_training")
+    asked: list[dict] = []
+
+    class Small:
+        """Has memory to prepare two sequences, and to measure one."""
+
+        name, model, backend, architecture = "llama x", "llama", "x", Architecture(CompositeSequence("AM"), TINY)
+
+        def send(self, **command) -> None:
+            asked.append(command)
+
+        def receive(self) -> dict:
+            size = next(command["micro_batch"] for command in reversed(asked) if command["do"] == "prepare")
+            measured = asked[-1]["do"] == "measure"
+            if size > (1 if measured else 2):
+                return {"note": bench.OUT_OF_MEMORY}
+            return {"seconds": [2.0], "peak_bytes": None, "loss": 1.0} if measured else {"prepared_in": 1.0, "says": ""}
+
+    case = bench.Case(bench.Workload(16, 9, 1), [Small()], {"copy": None, "gemm": None})
+    case.prepare()
+    assert [(command["micro_batch"], command["micro_batches"]) for command in asked] == [(9, 1), (4, 2), (2, 4)]
+    assert case.notes == {}
+    assert "out of memory; again with 4 x 16" in capsys.readouterr().out
+    row = case.row(case.contenders[0])
+    assert (row["micro_batch"], row["micro_batches"], row["note"]) == (2, 4, "")
+    case.answers["llama x"] = [{"seconds": [9.0], "peak_bytes": None, "loss": 1.0}]  # of the size that was given up
+    assert len(list(case.round(0, 1))) == 1
+    row = case.row(case.contenders[0])
+    assert (row["micro_batch"], row["micro_batches"], row["rounds"]) == (1, 8, 1)
+    assert row["tokens_per_second"] == 8 * 16 / 2
+
+
+def test_a_worker_gives_memory_back_before_it_says_why_it_failed(load) -> None:
+    """Nothing may refer to the tensors of the step that failed, or the next contender finds no room."""
+    worker = load("training_worker")
+    kept: list[weakref.ref] = []
+    order: list[str] = []
+
+    class Lock:
+        def take(self) -> None: ...
+
+        def release(self) -> None:
+            order.append("released")
+
+    made = worker.Worker(Architecture(CompositeSequence("AM"), TINY), "composer", Lock())
+
+    def fail(**_) -> dict:
+        activations = torch.zeros(3)
+        kept.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def rest() -> None:
+        gc.collect()
+        order.append("freed" if kept[0]() is None else "held")
+
+    made.measure, made.rest = fail, rest
+    answers: list[dict] = []
+    worker._serve(made, ['{"do": "measure"}'], lambda found: (order.append("said"), answers.append(found)))
+    assert order == ["freed", "released", "said"]
+    assert answers == [{"note": "out of memory"}]

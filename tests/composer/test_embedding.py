@@ -21,21 +21,18 @@ def gradients(
 
     from composer_megatron import cpu
     from composer_megatron.backend import get_backend
-    from composer_megatron.layers.embedding import accumulate
     from composer_megatron.model import build_model
 
     cpu.prepare_training()
     shape = dataclasses.replace(PRESETS["tiny"], vocab_size=48, hidden_size=32, head_dim=8, tied_embeddings=tied)
     architecture = Architecture(CompositeSequence.parse("1A1M"), shape)
-    parts = {"loss": "linear"} if loss == "linear" else {}
+    parts = ({"loss": "linear"} if loss == "linear" else {}) | ({} if fused else {"embedding": "local"})
     model = build_model(architecture, max_sequence_length=8, backend="composer", parts=parts)
     model.config.gradient_accumulation_fusion = True
     for module in model.modules():
         if hasattr(module, "gradient_accumulation_fusion"):
             module.gradient_accumulation_fusion = True
     get_backend("composer").install()
-    if fused:
-        accumulate(model.embedding.word_embeddings, model.config)
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, bucket_size=5000)
     parallel = DistributedDataParallel(model.config, settings, model).train()
     parallel.zero_grad_buffer()

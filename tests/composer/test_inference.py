@@ -1,6 +1,7 @@
 """Decoding below the text: the draw, the cache and its windows, chunks of prompts, text as it comes."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from composer_megatron.errors import UsageError
 from composer_megatron.inference.cache import make_cache
 from composer_megatron.inference.decoder import Decoder
 from composer_megatron.inference.engine import Admission, Engine
-from composer_megatron.inference.sampling import GREEDY, Sampling, Settings, draw
+from composer_megatron.inference.sampling import GREEDY, Sampling, Settings, draw, likeliest
 from composer_megatron.inference.text import TextStream
 from composer_megatron.inference.weights import random_weights
 from composer_megatron.sequence import CompositeSequence
@@ -250,6 +251,15 @@ def test_of_equal_logits_the_first_is_taken():
     assert choose(torch.tensor([1.0, 2.0, 2.0]), Sampling(1.0, top_k=1)) == 1
 
 
+@pytest.mark.parametrize("count", [5, 4096, 64 * 65, 128_256, 50_257])
+def test_the_likeliest_is_the_first_of_the_largest(count):
+    """Reduced in parts or not, of rows that lie apart; few values, so that many are equal."""
+    logits = torch.randint(-3, 3, (3, count + 7), generator=torch.Generator().manual_seed(count)).bfloat16()[:, :count]
+    logits[1] = -math.inf
+    wanted = [row.index(max(row)) for row in logits.tolist()]
+    assert likeliest(logits).tolist() == wanted
+
+
 def test_where_the_first_tokens_make_up_top_p_exactly_the_next_is_left_out():
     logits = torch.zeros(4)
     assert {choose(logits, Sampling(1.0, top_p=0.5), uniform) for uniform in (0.0, 0.3, 0.6, 0.99)} == {0, 1}
@@ -320,15 +330,15 @@ class TestOnGPU:
     pytestmark = gpu
 
     @pytest.mark.parametrize("letters", ["MAAMMAM", "WMWAM", "M"])
-    @pytest.mark.parametrize("fused", [True, False])
+    @pytest.mark.parametrize(("fused", "overlap"), [(True, "full"), (True, "tail"), (True, "none"), (False, "none")])
     @pytest.mark.parametrize("graph", [True, False])
-    def test_decoding_equals_the_whole_pass(self, letters, fused, graph):
+    def test_decoding_equals_the_whole_pass(self, letters, fused, overlap, graph):
         """In fp32, whose rounding moves logits by 1e-5 of what separates them; the reference is in float64."""
         architecture, _ = make(letters)
         weights = random_weights(architecture, torch.float32, torch.device("cuda"))
         exact = on_cpu_in_float64(weights)
         given = prompts(1, 6, 7, 8, 15, 20)
-        engine = Engine(weights, len(given), 40, prefill_tokens=8, fused=fused, graph=graph)
+        engine = Engine(weights, len(given), 40, prefill_tokens=8, fused=fused, overlap=overlap, graph=graph)
         assert continuations(engine, given, 18) == [greedy(exact, prompt, 18) for prompt in given]
         engine.admit([Admission(2, given[0], GREEDY)])  # a captured graph goes on with another request
         for _ in range(6):

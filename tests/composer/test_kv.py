@@ -113,14 +113,17 @@ def test_a_check_needs_a_gpu(capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize(("used", "status"), [(70 * 10**9, 0), (81 * 10**9, 1), (None, 1)])
-def test_a_check_says_what_was_tried(capsys, monkeypatch, used, status):
-    """With a GPU of cardboard: batches that fit, that need more than was said, that do not fit."""
+@pytest.mark.parametrize(
+    ("used", "others", "status"),
+    [(70 * 10**9, 0, 0), (70 * 10**9, 5 * 10**9, 0), (81 * 10**9, 0, 1), (None, 0, 1), (None, 30 * 10**9, 1)],
+)
+def test_a_check_says_what_was_tried(capsys, monkeypatch, used, others, status):
+    """With a GPU of cardboard: batches that fit, that need more than was said, that do not fit, alone or not."""
     from composer_megatron.inference import fit
 
     def try_batch(architecture, weights, batch, context):
         held = batch * architecture.state_bytes(context)
-        return fit.Trial(batch, context, held, held, used)
+        return fit.Trial(batch, context, held, held, used, others)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=85 * 10**9))
@@ -135,14 +138,25 @@ def test_a_check_says_what_was_tried(capsys, monkeypatch, used, status):
     ]
     assert ("2 of 2 batches did not fit" in err) == (status == 1)
     assert "1b llama: 4," in err
+    assert ("other processes" in err) == bool(others)
+    if others and status:
+        assert "other processes hold 30.0 GB and leave 55.0" in err
+        assert "other processes held up to 30.0 GB of this GPU, try without them" in err
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_what_is_said_to_fit_fits(capsys):
-    """In 20 GB, which every GPU of this project has to itself."""
-    status, out, _ = run(capsys, "--shapes", "350m", "--contexts", "512", "8192", "--memory", "20", "--check", "--json")
+    """In 20 GB, if other programs leave that much."""
+    free = torch.cuda.mem_get_info()[0] / 1e9
+    if free < 21:
+        pytest.skip(f"needs 21 GB of GPU memory; {free:.0f} GB are free")
+    status, out, err = run(
+        capsys, "--shapes", "350m", "--contexts", "512", "8192", "--memory", "20", "--check", "--json"
+    )
+    if status and "other processes held" in err:
+        pytest.skip(f"the GPU is not this test's own: {err.strip().splitlines()[-1]}")
+    assert status == 0, err
     trials = json.loads(out)["trials"]
-    assert status == 0
     assert len(trials) == 6
     assert all(trial["holds"] for trial in trials)

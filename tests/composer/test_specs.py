@@ -95,12 +95,13 @@ def test_our_builder_passes_on_what_megatrons_does(padded, monkeypatch):
     """Megatron's names the class of the model, so that ours cannot but repeat the list."""
     config = model_config(CompositeModelConfig, hybrid_stack_spec=composite_stack_spec, loss="cross_entropy")
     config.should_pad_vocab, config.make_vocab_size_divisible_by = padded, 100
+    config.embedding_rows = True
     monkeypatch.setattr("composer_megatron.builder.CompositeModel", dict)
     monkeypatch.setattr("megatron.training.models.hybrid.HybridModel", dict)
     groups = GROUPS()
     ours = CompositeModelBuilder(config).build_model(groups, vp_stage=0)
     theirs = HybridModelBuilder(config).build_model(groups, vp_stage=0)
-    assert ours == theirs | {"loss": "cross_entropy", "rope_scaling_factor": 1.0}
+    assert ours == theirs | {"loss": "cross_entropy", "embedding_rows": True, "rope_scaling_factor": 1.0}
     assert ours["vocab_size"] == (600 if padded else 512)
 
 
