@@ -1,5 +1,6 @@
 """``benchmarks/bench_inference.py`` without a GPU: a tiny shape on the CPU, a clock that says a constant."""
 
+import contextlib
 import importlib
 import json
 import sys
@@ -15,7 +16,7 @@ from composer_megatron.shape import PRESETS
 
 pytestmark = pytest.mark.skipif(cpu.has_gpu(), reason="on a GPU the script itself runs")
 
-COPY = 1e9
+COPY, READ = 1e9, 2e9
 SECONDS = 1e-2
 
 
@@ -34,7 +35,8 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(module, "IN_GRAPH", (1, 1))
     monkeypatch.setattr(module, "LAUNCHED", (1, 1))
-    monkeypatch.setattr(module, "copy_bandwidth", lambda: COPY)
+    monkeypatch.setattr(module, "ceilings", lambda: (module.Ceilings(COPY, READ, None), {}))
+    monkeypatch.setattr(module, "own_stream", contextlib.nullcontext)
     monkeypatch.setattr(module, "bytes_of_cache", lambda *arguments: cache_bytes(make_cache(*arguments)))
 
     def elapsed(run):
@@ -55,7 +57,7 @@ def bench(monkeypatch, tmp_path):
 
     run.module = module
     yield run
-    for name in ("bench_inference", "timing"):
+    for name in ("bench_inference", "tune_decoding", "inference_rows", "step_profile", "timing"):
         sys.modules.pop(name, None)
 
 
@@ -70,10 +72,11 @@ def test_every_cell_has_a_row(bench):
         assert row["note"] == ""
         assert row["graph"] == pytest.approx(SECONDS)
         assert row["fraction"] == pytest.approx(row["bytes"] / row["graph"] / COPY)
+        assert row["read_fraction"] == pytest.approx(row["fraction"] * COPY / READ)
         assert row["cache"] == row["cache_formula"]
         assert row["prefill"] > 0
         assert row["advantage"] == 1
-        assert (row["fused"] is None) == (row["batch"] == 9)
+        assert list(row["fused"]) == ([] if row["batch"] == 9 else ["none", "tail", "full"])
         assert (row["drawn"] is None) == (row["context"] == 17)
     assert rows[1]["cache"] < rows[0]["cache"]
     assert found["gpu"] == "no GPU"
@@ -90,3 +93,65 @@ def test_a_cell_without_memory_says_so_and_the_run_goes_on(bench, monkeypatch):
     monkeypatch.setattr(bench.module, "Engine", scarce)
     rows = bench("--models", "llama", "--batches", "4", "1", "--contexts", "5")["rows"]
     assert [(row["note"], row["graph"] is None) for row in rows] == [("OOM", True), ("", False)]
+
+
+def test_memory_that_runs_out_in_a_capture_is_called_so_too(bench, monkeypatch):
+    """Ending the capture fails then, and with another error."""
+
+    def scarce(*arguments, **options):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(bench.module, "time_steps", scarce)
+    rows = bench("--models", "llama", "--batches", "1", "--contexts", "5")["rows"]
+    assert [row["note"] for row in rows] == ["OOM"]
+
+
+def test_past_the_budget_no_cell_begins_and_those_left_out_are_named(bench):
+    found = bench("--models", "llama", "--batches", "1", "2", "--contexts", "5", "--budget", "0")
+    assert found["rows"] == []
+    assert [cell.split(", ", 1)[1] for cell in found["left_out"]] == ["batch 1, context 5", "batch 2, context 5"]
+
+
+def test_a_profile_counts_overlapping_kernels_once(bench):
+    """Two steps: a from 0 to 4, b from 3 to 5, a pause, and the same again from 10 on."""
+    summary = bench.module.shares.__globals__["summary"]
+    found = summary([(10, 14, "a"), (0, 4, "a"), (3, 5, "b"), (13, 15, "b")], 2)
+    assert [(share.name, share.launches, share.us) for share in found] == [
+        ("step", 2, 7.5),
+        ("no kernel", 0, 2.5),
+        ("a", 1, 4),
+        ("b", 1, 2),
+    ]
+
+
+def test_tuning_keeps_of_each_product_the_launch_with_which_a_step_is_quickest(bench, monkeypatch, tmp_path):
+    """A clock by which eight warps in each product are best."""
+    tuner = importlib.import_module("tune_decoding")
+    monkeypatch.setattr(tuner, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(tuner, "own_stream", contextlib.nullcontext)
+    monkeypatch.setattr(tuner, "launch_linear", lambda *arguments: None)
+    monkeypatch.setattr(tuner.op, "default_launch", tuner.op.default_launch)  # put back at the end
+
+    def time_steps(engine, context, plan):
+        engine.step()
+        return 1e-6 * (100 - sum(launch.warps for launch in tuner.op.default_launch.chosen.values()))
+
+    monkeypatch.setattr(tuner, "time_steps", time_steps)
+    shape = PRESETS["tiny"].as_dict() | {"hidden_size": 512, "ffn_hidden_size": 1024, "vocab_size": 90}
+    write_json(tmp_path / "wide.json", shape | {"name": "wide"})
+    output = tmp_path / "tuned.json"
+    monkeypatch.setattr(sys, "argv", ["", "--shape", str(tmp_path / "wide.json"), "--output", str(output)])
+    tuner.main()
+    rows = json.loads(output.read_text())["rows"]
+    best = {tuple(row["product"]): row["best"] for row in rows if "best" in row}
+    assert len(best) == 5
+    # 64 inputs are fewer than any block that is tried.
+    assert {product: found if product[1] == 64 else found["warps"] for product, found in best.items()} == {
+        product: "the default" if product[1] == 64 else 8 for product in best
+    }
+    assert {(row["requests"], row["fused"]) for row in rows if "requests" in row} == {
+        (requests, fused) for requests in (1, 2, 4, 8) for fused in (True, False)
+    }
