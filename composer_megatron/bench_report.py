@@ -24,6 +24,9 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 OURS, PEER = "composer", "compile"
 """The backend of the headline, and what it is measured against."""
 
+EIGHT, _PAIR = "composer+linear=fp8", ("stacked", "llama")
+"""The headline's backend with 8-bit products, and whose figures are shown."""
+
 Row = dict[str, Any]
 
 
@@ -33,7 +36,7 @@ class Source:
 
     Attributes:
         file: Below the folder of the results.
-        kind: training, kernel or inference.
+        kind: training, kernel, inference or search.
         gpu: Its name.
         date: Of the measurement, ISO 8601.
         versions: Of the packages that matter, by name.
@@ -58,6 +61,8 @@ class Results:
     Attributes:
         training: Rows of ``bench_training.py``: a model on a backend at a sequence length.
         inference: Rows of ``bench_inference.py``: a model at a batch and a context.
+        search: Rows of ``bench_search.py``: seconds of a candidate-step, and the advantage over one at a time.
+        studies: Its predictions of whole studies, from steps that it measured: ``study`` and ``hours``.
         kernels: Our best row of each case of each kernel beside the best peer's, with its source.
         ceilings: Of the GPUs, by name: copy bandwidth and GEMM rate.
         sources: Files that hold results.
@@ -66,6 +71,8 @@ class Results:
 
     training: list[Row] = field(default_factory=list)
     inference: list[Row] = field(default_factory=list)
+    search: list[Row] = field(default_factory=list)
+    studies: list[Row] = field(default_factory=list)
     kernels: list[tuple[Verdict, Source]] = field(default_factory=list)
     ceilings: dict[str, dict[str, float]] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
@@ -95,6 +102,8 @@ def _add(results: Results, file: str, result: dict[str, Any]) -> None:
     rows = result.get("rows")
     if isinstance(result.get("models"), dict):
         rows, kind = _rows_of_pair(result), "training"
+    elif isinstance(result.get("speeds"), list):
+        rows, kind = _rows_of_search(result["speeds"]), "search"
     elif not isinstance(rows, list):
         results.ignored.append(file)
         return
@@ -113,6 +122,10 @@ def _add(results: Results, file: str, result: dict[str, Any]) -> None:
         results.kernels += [(verdict, source) for verdict in verdicts(result)]
     else:
         getattr(results, kind).extend(row | {"source": source} for row in rows)
+    for study in (result.get(name) for name in ("oracle", "study") if kind == "search"):
+        if study:
+            hours = sum(task["hours"] for task in study["tasks"])
+            results.studies.append({"study": study["study"], "hours": hours, "source": source})
 
 
 def _without_ceilings(result: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +163,13 @@ def _rows_of_pair(result: dict[str, Any]) -> list[Row]:
     return rows
 
 
+def _rows_of_search(speeds: Sequence[Row]) -> list[Row]:
+    """Candidate-steps beside those of candidates that train one at a time."""
+    timed = [row | {"seconds": row["step"] / row["rows"]} for row in speeds if row["step"]]
+    alone = {row["case"]: row["seconds"] for row in timed if row["contender"].startswith("one at a time, eager")}
+    return [row | {"advantage": alone[row["case"]] / row["seconds"] if row["case"] in alone else None} for row in timed]
+
+
 def rate(rows: Iterable[Row], **wanted: Any) -> Row | None:
     """The fastest training row with these values; None where there is none that was timed."""
     fit = [row for row in rows if row.get("tokens_per_second") and all(row.get(k) == v for k, v in wanted.items())]
@@ -175,7 +195,8 @@ def headline(results: Results) -> str:
 
 
 def _of_gpu(results: Results, gpu: str) -> str:
-    lines = [*_training_lines(results, gpu), *_inference_lines(results, gpu), *_kernel_lines(results, gpu)]
+    makers = (_training_lines, _inference_lines, _kernel_lines, _search_lines)
+    lines = [line for make in makers for line in make(results, gpu)]
     if not lines:
         return ""
     sources = [source for source in results.sources if source.gpu == gpu]
@@ -204,6 +225,14 @@ def _training_lines(results: Results, gpu: str) -> list[str]:
         if peer is not None and ours != PEER:
             line += f"; torch.compile's Llama {_thousands(peer)}"
         lines.append(f"{line}, backend {ours}")
+        eight = {model: rate(rows, backend=EIGHT, shape=shape, seq_len=length, model=model) for model in _PAIR}
+        if ours == OURS and all(eight.values()):
+            gains = " and ".join(
+                f"{_thousands(fast)} (x{fast['tokens_per_second'] / row['tokens_per_second']:.3f})"
+                for fast, row in zip(eight.values(), (stacked, llama), strict=True)
+                if fast is not None
+            )
+            lines.append(f"the same with products in 8 bits (`linear=fp8`): {gains}")
     return lines
 
 
@@ -252,6 +281,19 @@ def _kernel_lines(results: Results, gpu: str) -> list[str]:
         mean = math.exp(statistics.fmean(map(math.log, beside)))
         line += f"; faster than the best peer in {ahead} of {len(beside)} (geometric mean x{mean:.2f})"
     return [line]
+
+
+def _search_lines(results: Results, gpu: str) -> list[str]:
+    rows = [row for row in results.search if row["source"].gpu == gpu and row["advantage"] and row["rows"] > 1]
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        best = min((row for row in rows if row["case"] == case), key=lambda row: float(row["seconds"]))
+        lines.append(
+            f"search, {case}: {1 / best['seconds']:,.0f} candidate-steps/s with {best['rows']} candidates at once, "
+            f"x{best['advantage']:.1f} those of one at a time"
+        )
+    studies = [row for row in results.studies if row["source"].gpu == gpu]
+    return lines + [f"{row['study']}: {row['hours']:.1f} h, predicted from measured steps" for row in studies]
 
 
 def update_readme(path: Path, text: str) -> bool:

@@ -83,6 +83,11 @@ def measured(found: Results) -> Measured:
         training=training,
         inference=[{**row, "gpu": row["source"].gpu} for row in found.inference],
         kernels=[{**vars(verdict), "gpu": source.gpu} for verdict, source in found.kernels],
+        search=[{**row, "gpu": row["source"].gpu} for row in found.search],
+        studies=[
+            f"{row['study']}: {row['hours']:.1f} h on one {row['source'].gpu}, predicted from measured steps"
+            for row in found.studies
+        ],
         ratios=curves,
         carried={gain.name: [(length, gain.at(length)) for length in _LENGTHS] for gain in carried},
         explained=[gain.says() for gain in carried],

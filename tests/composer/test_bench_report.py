@@ -57,6 +57,15 @@ def folder(tmp_path: Path) -> Path:
         for name, seconds in (("composer", 1e-4), ("liger", 2e-4))
     ]
     write("kernel-swiglu.json", {"op": "swiglu", "ceilings_reached_by": {"copy": "add"}, "rows": kernels})
+    steps = (
+        ("one at a time, eager", 1, 0.008),
+        ("population", 100, 0.04),
+        ("population", 10, 0.008),
+        ("lost", 9, None),
+    )
+    speeds = [{"case": "S=32", "contender": name, "rows": rows, "step": step} for name, rows, step in steps]
+    study = {"study": "64 sequences", "tasks": [{"hours": 1.5}, {"hours": 0.25}]}
+    write("search.json", {"speeds": speeds, "oracle": study, "study": None})
     write("notes.json", {"something": "else"})
     return tmp_path
 
@@ -66,6 +75,7 @@ def test_every_file_is_read_as_what_it_is(folder: Path) -> None:
     assert [(source.file, source.kind) for source in found.sources] == [
         ("nvidia-h100/inference-1b.json", "inference"),
         ("nvidia-h100/kernel-swiglu.json", "kernel"),
+        ("nvidia-h100/search.json", "search"),
         ("nvidia-h100/training-1b.json", "training"),
     ]
     assert found.ignored == ["nvidia-h100/notes.json"]
@@ -94,6 +104,8 @@ def test_headline_figures_follow_from_the_files(folder: Path) -> None:
         "x1.10 to x1.10 as fast",
         "1 operations, 1 cases, at 90% of the ceiling",
         "faster than the best peer in 1 of 1 (geometric mean x2.00)",
+        "search, S=32: 2,500 candidate-steps/s with 100 candidates at once, x20.0 those of one at a time",
+        "64 sequences: 1.8 h, predicted from measured steps",
     ):
         assert wanted in text
     assert headline(read_results(folder / "nvidia-h100")) == text
@@ -184,3 +196,16 @@ def test_the_page_in_a_browser(folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("<button") > 20  # the page's script ran: tables can be sorted
+
+
+def test_products_in_8_bits_stand_below_the_backend_that_they_belong_to(folder: Path) -> None:
+    file = folder / "nvidia-h100/training-1b.json"
+    result = json.loads(file.read_text())
+    rows = [row for row in result["rows"] if row["backend"] == "composer" and row["seq_len"] == 4096]
+    faster = [
+        row | {"backend": "composer+linear=fp8", "tokens_per_second": 1.25 * row["tokens_per_second"]} for row in rows
+    ]
+    file.write_text(json.dumps(result | {"rows": result["rows"] + faster}))
+    assert "the same with products in 8 bits (`linear=fp8`): 90.8k tokens/s (x1.250) and 82.5k tokens/s (x1.250)" in (
+        headline(read_results(folder))
+    )

@@ -50,6 +50,8 @@ class Measured:
         inference: Rows of the inference benchmark, likewise.
         kernels: Our best row of each case beside the best peer's: op, case, name, seconds, fraction, peer, advantage,
             note, gpu.
+        search: Rows of the search benchmark, likewise.
+        studies: What whole studies would take, a sentence each.
         ratios: A Composite's tokens/s over Llama's by sequence length, under a name for the legend.
         carried: The same at other lengths, by the parts of the measured steps, under the same names.
         explained: What that says, a sentence a curve.
@@ -61,6 +63,8 @@ class Measured:
     training: Sequence[Row]
     inference: Sequence[Row]
     kernels: Sequence[Row]
+    search: Sequence[Row]
+    studies: Sequence[str]
     ratios: Mapping[str, Sequence[tuple[int, float]]]
     carried: Mapping[str, Sequence[tuple[int, float]]]
     explained: Sequence[str]
@@ -78,6 +82,7 @@ def build_page(measured: Measured) -> str:
         ("latency", "Prefill and decoding", _latency),
         ("cache", "Cache", _cache),
         ("kernels", "Kernels beside their peers", _kernels),
+        ("search", "Candidates trained at once", _search),
         ("sources", "Where the figures come from", _sources),
     )
     shown, missing = [], []
@@ -361,6 +366,24 @@ def _kernels(measured: Measured) -> Markup | Missing:
             [row["op"], row["case"], row["gpu"], *cells[:2], row.get("peer") or "–", cells[2], row.get("note") or ""]
         )
     return _tall(table("Kernels", columns, rows, sortable=True))
+
+
+def _search(measured: Measured) -> Markup | Missing:
+    if not measured.search:
+        return Missing("no result of benchmarks/bench_search.py")
+    columns = [
+        Column("Case"),
+        Column("GPU"),
+        Column("Contender"),
+        Column("At once", numeric=True),
+        Column("ms", numeric=True, meaning="a step of one candidate"),
+        Column("over one at a time", numeric=True),
+    ]
+    rows = []
+    for row in measured.search:
+        first = (row["case"], row["gpu"], row["contender"], integer(row["rows"]), decimal(1e3 * row["seconds"], 3))
+        rows.append([*first, decimal(row["advantage"], 1) if row["advantage"] else "–"])
+    return join([table("Search", columns, rows, sortable=True), bullets(measured.studies)])
 
 
 def _sources(measured: Measured) -> Markup | Missing:
