@@ -41,12 +41,12 @@ def test_slices_make_studies_and_nothing_is_trained_twice(tool, tmp_path, capsys
     tool("plan", *folder)
     listed = (tmp_path / "sixteen.txt").read_text().split()
     assert len(listed) == 3
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="3 sequences, 0 scored"):
         tool("plan", *folder)
-    assert "3 sequences, 0 scored" in str(stop.value)
-    with pytest.raises(SystemExit) as stop:  # as soon as it has begun
+    try:  # ends in the middle of a study, or between two where it was quick
         tool("run", *folder, *TINY, "--seconds", "0.5", "--at-once", "8")
-    assert not stop.value.code
+    except SystemExit as stop:
+        assert not stop.code
     tool("run", *folder, *TINY, "--at-once", "8")
     lines = trainings(tmp_path)
     assert len(lines) == 2 * (64 * 2 + 4)  # two tasks: six blocks with two seeds, sixteen with one
