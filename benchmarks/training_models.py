@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from composer_megatron import memory
 from composer_megatron.architecture import Architecture
 from composer_megatron.errors import UsageError
 from composer_megatron.layout import Layout
+from composer_megatron.planner import memory
 from composer_megatron.primitives import PRIMITIVES
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import load_shape

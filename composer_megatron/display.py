@@ -14,7 +14,7 @@ from composer_megatron.architecture import Architecture
 from composer_megatron.sequence import CompositeSequence
 
 if TYPE_CHECKING:
-    from composer_megatron.bench_kernels import Verdict
+    from composer_megatron.bench.kernels import Verdict
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -70,7 +70,7 @@ def print_costs(architecture: Architecture, seq_len: int) -> None:
 
 
 def print_stages(summary: dict[str, Any]) -> None:
-    """Print a plan (`composer_megatron.estimate.summary`): its stages, its step, and what that rests on."""
+    """Print a plan (`composer_megatron.planner.estimate.summary`): its stages, its step, and what that rests on."""
     table = Table(title=f"pipeline pattern {summary['pattern']}", title_justify="left")
     table.add_column("stage", justify="right", no_wrap=True)
     table.add_column("rank", justify="right", no_wrap=True)
@@ -107,7 +107,7 @@ def print_stages(summary: dict[str, Any]) -> None:
 
 
 def print_layouts(summaries: list[dict[str, Any]]) -> None:
-    """Print layouts that were compared (`composer_megatron.survey.survey`), best first."""
+    """Print layouts that were compared (`composer_megatron.planner.survey.survey`), best first."""
     first = summaries[0]
     step = f"{first['global_batch_size']} x {first['seq_len']} tokens a step"
     table = Table(title=f"{first['ranks']} GPUs, shape {first['shape']}, {step}: expected", title_justify="left")
@@ -131,7 +131,7 @@ def print_layouts(summaries: list[dict[str, Any]]) -> None:
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
-    """Print kernel results (`composer_megatron.bench_kernels.verdicts`), the cases where a peer is faster in red."""
+    """Print kernel results (`composer_megatron.bench.kernels.verdicts`), the cases where a peer is faster in red."""
     table = Table(title="our kernels beside their fastest peers", title_justify="left")
     for heading in ("op", "case", "us", "of limit", "fastest peer", "peer / ours", ""):
         table.add_column(heading, justify="left" if heading in ("op", "case", "fastest peer", "") else "right")

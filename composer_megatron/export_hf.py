@@ -1,7 +1,7 @@
 """Export a trained run to Hugging Face transformers: safetensors, configuration, modelling code and tokenizer.
 
 The folder loads with ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` and needs nothing of ours
-or Megatron's. Its code is `composer_megatron/hf_template/modeling_composite.py`, copied as it is.
+or Megatron's. Its code is `composer_megatron/huggingface/template/modeling_composite.py`, copied as it is.
 """
 
 from __future__ import annotations
@@ -15,12 +15,19 @@ from torch import Tensor
 
 from composer_megatron.architecture import Architecture
 from composer_megatron.checkpoint import find_checkpoint, open_run
-from composer_megatron.conversion import Progress, check_absent, check_space, copy_tokenizer, ended_by_sigterm, silent
 from composer_megatron.errors import UsageError
 from composer_megatron.files import new_folder, write_json, write_text
-from composer_megatron.hf_config import rope_scaling_fields
-from composer_megatron.hf_names import Part, composite_parts
-from composer_megatron.hf_write import Piece, write_safetensors
+from composer_megatron.huggingface.config import rope_scaling_fields
+from composer_megatron.huggingface.names import Part, composite_parts
+from composer_megatron.huggingface.write import Piece, write_safetensors
+from composer_megatron.importing.conversion import (
+    Progress,
+    check_absent,
+    check_space,
+    copy_tokenizer,
+    ended_by_sigterm,
+    silent,
+)
 from composer_megatron.primitives import PRIMITIVES
 from composer_megatron.stored import StoredRun
 from composer_megatron.text import tokenizing
@@ -167,7 +174,9 @@ def _write_tokenizer(folder: Path, run: StoredRun, tokenizer: Tokenizer) -> None
 
 
 def _modeling_code() -> str:
-    return (importlib.resources.files("composer_megatron") / "hf_template" / MODELING_FILE).read_text(encoding="utf-8")
+    return (importlib.resources.files("composer_megatron") / "huggingface/template" / MODELING_FILE).read_text(
+        encoding="utf-8"
+    )
 
 
 def _model_card(run: StoredRun) -> str:

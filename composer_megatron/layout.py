@@ -7,8 +7,8 @@ from typing import Literal
 
 from composer_megatron.architecture import Architecture
 from composer_megatron.errors import UsageError
+from composer_megatron.planner.schedule import Schedule
 from composer_megatron.primitives import PRIMITIVES
-from composer_megatron.schedule import Schedule
 
 type Recompute = Literal["none", "selective", "full"]
 

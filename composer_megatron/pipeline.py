@@ -2,8 +2,8 @@
 
 Blocks differ in cost (at 1B an MLP has five times the weights of an attention block) and the last stage bears the loss
 head, so equal counts make unequal stages. The cut minimises the simulated time of Megatron-core's 1F1B or interleaved
-schedule under a limit on each rank's memory: exactly under 1F1B (`composer_megatron.cut_exact`), with a proven bound
-under the interleaved one (`composer_megatron.cut_interleaved`).
+schedule under a limit on each rank's memory: exactly under 1F1B (`composer_megatron.planner.cut_exact`), with a proven
+bound under the interleaved one (`composer_megatron.planner.cut_interleaved`).
 
 A stage may be left without blocks, where that pays: `CompositeStack` is right there (Megatron's own stack is not).
 Every rank has at least one block, the embedding or the loss head.
@@ -18,19 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from composer_megatron import memory
 from composer_megatron.architecture import Architecture
-from composer_megatron.cut import Cut, CutProblem, Unit, borders_of, equal_counts
-from composer_megatron.cut_exact import ExactCut
-from composer_megatron.cut_interleaved import interleaved_cut
 from composer_megatron.errors import UsageError
 from composer_megatron.layout import Layout
-from composer_megatron.memory import Holding
 from composer_megatron.pattern import hybrid_pattern
+from composer_megatron.planner import memory
+from composer_megatron.planner.cut import Cut, CutProblem, Unit, borders_of, equal_counts
+from composer_megatron.planner.cut_exact import ExactCut
+from composer_megatron.planner.cut_interleaved import interleaved_cut
+from composer_megatron.planner.memory import Holding
+from composer_megatron.planner.schedule import in_flight
 from composer_megatron.primitives import PRIMITIVES
 from composer_megatron.roofline import DEVICES, Device, Passes, UnitTimes, multi_token_prediction, predict
 from composer_megatron.roofline import transfer_seconds as predict_transfer
-from composer_megatron.schedule import in_flight
 from composer_megatron.sequence import CompositeSequence
 
 _TICKS = 1e12

@@ -17,8 +17,8 @@ PACKAGES = {
 FRONT_DOOR = PACKAGES["composer_megatron"] / "commands"
 """The program's commands call every room."""
 MEGATRON_FREE = {
-    *("errors", "files", "primitives", "sequence", "shape", "architecture", "env", "layout", "schedule", "roofline"),
-    *("profile", "systems", "widths"),
+    *("errors", "files", "primitives", "sequence", "shape", "architecture", "env", "layout", "roofline"),
+    *("planner.profile", "planner.schedule", "systems", "widths"),
     *("text.corpus", "text.documents", "text.folder", "text.tokenizing"),
 }
 TORCH_ALONE = {"recurrences"}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from composer_megatron import cpu
-from composer_megatron.bench_kernels import scripts
+from composer_megatron.bench.kernels import scripts
 
 pytestmark = pytest.mark.skipif(cpu.has_gpu(), reason="on a GPU the scripts themselves run")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from composer_megatron.architecture import Architecture
-from composer_megatron.cut import equal_counts
 from composer_megatron.errors import UsageError
+from composer_megatron.planner.cut import equal_counts
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import Shape
 

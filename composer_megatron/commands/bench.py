@@ -35,7 +35,7 @@ def bench_training(
         output: The JSON file; by default runs/bench/DEVICE/training.json.
         json: Print one JSON object for programs at the end.
     """
-    from composer_megatron.bench import TrainingBenchmark, run_training
+    from composer_megatron.bench.training import TrainingBenchmark, run_training
     from composer_megatron.env import device_name
 
     output = output or Path("runs/bench") / device_name() / "training.json"
@@ -72,7 +72,7 @@ def bench_kernels(
         output: Folder of the JSON results; by default runs/bench/DEVICE.
         json: Print one JSON object for programs at the end.
     """
-    from composer_megatron import bench_kernels as bench
+    from composer_megatron.bench import kernels as bench
     from composer_megatron.env import device_name
 
     chosen = bench.choose(ops, bench.scripts())

@@ -30,7 +30,7 @@ def bench_inference(
         output: The JSON file; by default runs/bench/DEVICE/inference.json.
         json: Print one JSON object for programs at the end.
     """
-    from composer_megatron.bench import ROOT, run_script
+    from composer_megatron.bench.training import ROOT, run_script
     from composer_megatron.env import device_name
 
     for name, values in (("batches", batches), ("contexts", contexts)):

@@ -15,7 +15,7 @@ _LENGTHS = tuple(2**power for power in range(11, 18))
 """Tokens, 2,048 to 131,072, between which the curve of a Composite's gain is drawn."""
 
 if TYPE_CHECKING:
-    from composer_megatron.bench_report import Results
+    from composer_megatron.bench.report import Results
     from composer_search.report.benchmarks import Measured
 
 
@@ -34,7 +34,7 @@ def bench_report(
         readme: Write the headline figures between the marks of this file instead of a page.
         check: With --readme, write nothing, and fail where the figures there are not those of the results.
     """
-    from composer_megatron.bench_report import headline, read_results, split_readme, update_readme
+    from composer_megatron.bench.report import headline, read_results, split_readme, update_readme
     from composer_search.report.benchmarks import build_page
 
     if check and readme is None:
@@ -54,8 +54,8 @@ def bench_report(
 
 def measured(found: Results) -> Measured:
     """The results as the page takes them."""
-    from composer_megatron.bench_lengths import at_ceilings, gains
-    from composer_megatron.bench_report import ratios
+    from composer_megatron.bench.lengths import at_ceilings, gains
+    from composer_megatron.bench.report import ratios
     from composer_search.report.benchmarks import Measured
 
     training = [{**row, "gpu": row["source"].gpu} for row in found.training]

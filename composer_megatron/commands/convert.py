@@ -68,7 +68,7 @@ def import_(
         drop_rope_scaling: Take a Llama without the scaling of its rotary embedding; not exact.
         json: Print one JSON object for programs instead of text.
     """
-    from composer_megatron.import_run import import_run
+    from composer_megatron.importing.run import import_run
     from composer_megatron.quiet import hush_imports
     from composer_megatron.sequence import CompositeSequence
 
@@ -102,8 +102,8 @@ def import_(
 
 def _print_surgery(architecture: Architecture) -> None:
     """Where each run of blocks comes from, what was used more than once, and what was left out."""
+    from composer_megatron.importing.surgery import read_map
     from composer_megatron.sequence import CompositeSequence
-    from composer_megatron.surgery import read_map
 
     origin = architecture.origin
     blocks = read_map(origin["map"], architecture.sequence, CompositeSequence.parse(origin["source_sequence"]))

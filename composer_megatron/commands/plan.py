@@ -72,9 +72,10 @@ def plan(
         json: Print one JSON object for programs instead of text.
     """
     multiply_on_one_thread()
-    from composer_megatron import estimate, pipeline
+    from composer_megatron import pipeline
     from composer_megatron.layout import Layout, micro_batches_in
-    from composer_megatron.profile import Profile
+    from composer_megatron.planner import estimate
+    from composer_megatron.planner.profile import Profile
     from composer_megatron.roofline import get_device
 
     architecture = read_architecture(source, shape)
@@ -146,8 +147,8 @@ def _compare_layouts(
     json: bool,
 ) -> None:
     """The part of `plan` that compares layouts."""
-    from composer_megatron import estimate
-    from composer_megatron.survey import survey
+    from composer_megatron.planner import estimate
+    from composer_megatron.planner.survey import survey
 
     plans = survey(
         architecture,
@@ -188,7 +189,7 @@ def profile(
         repeats: Timed passes of each; the median counts.
         json: Print one JSON object for programs instead of text.
     """
-    from composer_megatron.profile import measure
+    from composer_megatron.planner.profile import measure
     from composer_megatron.quiet import hush_imports
 
     hush_imports()

@@ -62,7 +62,7 @@ def recipe_show(
         device: h100, h200 or a100.
         json: Print one JSON object for programs instead of text.
     """
-    from composer_megatron.estimate import summary
+    from composer_megatron.planner.estimate import summary
     from composer_megatron.recipes.catalogue import find_recipe
     from composer_megatron.recipes.layouts import lay_out
     from composer_megatron.roofline import get_device
@@ -148,8 +148,8 @@ def recipe_train(
         dry_run: Check, print the plan and the command, and start nothing.
         megatron_flags: Further flags for Megatron, which win over ours, as one quoted text or after a lone --.
     """
-    from composer_megatron.estimate import summary
     from composer_megatron.launch import run_to_the_end, torchrun
+    from composer_megatron.planner.estimate import summary
     from composer_megatron.recipes.catalogue import find_recipe
     from composer_megatron.recipes.layouts import lay_out, run_flags, tokens_of
     from composer_megatron.roofline import get_device
@@ -218,7 +218,7 @@ def _shown(value: Any) -> str:
 
 
 def _print_layouts(recipe: Recipe, device: str, found: dict[int, Plan | UsageError]) -> None:
-    from composer_megatron.estimate import estimate
+    from composer_megatron.planner.estimate import estimate
 
     table = Table(title=f"on {device}: expected, not measured", title_justify="left")
     for heading in ("GPUs", "layout", "memory of the fullest", "tokens/s", "days"):

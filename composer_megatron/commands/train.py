@@ -55,10 +55,11 @@ def train(
         dry_run: Check, print the plan and the command, and start nothing.
         megatron_flags: Further flags for Megatron, which win over ours, as one quoted text or after a lone --.
     """
-    from composer_megatron import estimate, pipeline
+    from composer_megatron import pipeline
     from composer_megatron.arguments import parse_options
     from composer_megatron.data_flags import load_text
     from composer_megatron.launch import Launch
+    from composer_megatron.planner import estimate
 
     model = Architecture.load(architecture)
     layout = pipeline.Layout(

@@ -10,9 +10,9 @@ from typing import Any
 from composer_megatron.errors import UsageError
 from composer_megatron.layout import Layout
 from composer_megatron.pipeline import Plan, plan
+from composer_megatron.planner.survey import survey
 from composer_megatron.recipes.recipe import Recipe
 from composer_megatron.roofline import Device
-from composer_megatron.survey import survey
 
 
 def lay_out(recipe: Recipe, gpus: int, device: Device, fixed: Mapping[str, Any] = MappingProxyType({})) -> Plan:
@@ -23,7 +23,7 @@ def lay_out(recipe: Recipe, gpus: int, device: Device, fixed: Mapping[str, Any] 
         gpus: How many.
         device: Which.
         fixed: Fields of `Layout` that are decided: then the others keep their defaults, and data parallelism takes
-            what GPUs are left. Where there are none, the fastest layout of `composer_megatron.survey.survey`.
+            what GPUs are left. Where there are none, the fastest layout of `composer_megatron.planner.survey.survey`.
 
     Raises:
         UsageError: If no layout fits into memory, or the fixed one does not divide GPUs and batch.

@@ -53,7 +53,7 @@ class Measured:
             FileError: If it is missing, no profile, or incomplete.
             UsageError: If it was measured for something else, or lacks one of the primitives.
         """
-        from composer_megatron.profile import Profile
+        from composer_megatron.planner.profile import Profile
 
         profile = Profile.load(Path(path))
         layout = Layout(seq_len=seq_len, micro_batch_size=profile.micro_batch_size)

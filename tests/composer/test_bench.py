@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from composer_megatron.bench import TrainingBenchmark, run_training
+from composer_megatron.bench.training import TrainingBenchmark, run_training
 from composer_megatron.errors import ComposerError, UsageError
 
 SCRIPT = """

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from composer_megatron import bench_kernels as bench
+from composer_megatron.bench import kernels as bench
 from composer_megatron.errors import ComposerError, UsageError
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from composer_megatron.bench_lengths import Gain, TokenTime, at_ceilings, gains
+from composer_megatron.bench.lengths import Gain, TokenTime, at_ceilings, gains
 
 SOURCE = SimpleNamespace(gpu="NVIDIA H100")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from composer_megatron.bench_report import BEGIN, END, headline, ratios, read_results, split_readme, update_readme
+from composer_megatron.bench.report import BEGIN, END, headline, ratios, read_results, split_readme, update_readme
 from composer_megatron.cli import main
 from composer_megatron.commands.bench_report import measured
 from composer_megatron.errors import FileError

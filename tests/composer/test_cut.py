@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from composer_megatron.cut import CutProblem, Unit, borders_of, equal_counts
-from composer_megatron.cut_exact import ExactCut
-from composer_megatron.cut_interleaved import _Search, interleaved_cut
 from composer_megatron.errors import UsageError
-from composer_megatron.schedule import Schedule, rank_order, simulate
+from composer_megatron.planner.cut import CutProblem, Unit, borders_of, equal_counts
+from composer_megatron.planner.cut_exact import ExactCut
+from composer_megatron.planner.cut_interleaved import _Search, interleaved_cut
+from composer_megatron.planner.schedule import Schedule, rank_order, simulate
 
 
 @st.composite
@@ -127,7 +127,7 @@ def test_the_programmes_costs_are_paths(problem) -> None:
 
 
 def test_a_limit_on_work_leaves_a_true_bound(monkeypatch) -> None:
-    monkeypatch.setattr("composer_megatron.cut_exact._SIMULATED_PASSES", 0)
+    monkeypatch.setattr("composer_megatron.planner.cut_exact._SIMULATED_PASSES", 0)
     problem = problems_with_a_loose_bound()
     cut = ExactCut(problem).solve()
     best = min(problem.time(borders) for borders in all_cuts(problem))

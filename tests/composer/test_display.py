@@ -5,9 +5,10 @@ import io
 import pytest
 from rich.console import Console
 
-from composer_megatron import display, estimate, pipeline
+from composer_megatron import display, pipeline
 from composer_megatron.architecture import Architecture
 from composer_megatron.layout import Layout
+from composer_megatron.planner import estimate
 from composer_megatron.roofline import get_device
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS

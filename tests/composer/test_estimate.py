@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from composer_megatron.architecture import Architecture
-from composer_megatron.estimate import estimate, notes, summary
 from composer_megatron.layout import Layout
 from composer_megatron.pipeline import plan
+from composer_megatron.planner.estimate import estimate, notes, summary
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS
 

@@ -34,7 +34,7 @@ from composer_megatron.checkpoint import load_run  # noqa: E402
 from composer_megatron.errors import FileError, UsageError  # noqa: E402
 from composer_megatron.export_hf import MODELING_FILE, export, hf_weights  # noqa: E402
 from composer_megatron.generate import generate, generate_tokens  # noqa: E402
-from composer_megatron.import_run import import_run  # noqa: E402
+from composer_megatron.importing.run import import_run  # noqa: E402
 from composer_megatron.primitives import PRIMITIVES  # noqa: E402
 from composer_megatron.stored import StoredRun  # noqa: E402
 

@@ -19,7 +19,7 @@ from composer_megatron import cpu
 from composer_megatron.architecture import Architecture
 from composer_megatron.checkpoint import load_run
 from composer_megatron.export_hf import export, hf_weights
-from composer_megatron.import_run import import_run
+from composer_megatron.importing.run import import_run
 from composer_megatron.sequence import CompositeSequence
 
 torch.set_num_threads(1)

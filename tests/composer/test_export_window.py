@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, dy
 
 from composer_megatron.checkpoint import load_run  # noqa: E402
 from composer_megatron.export_hf import export  # noqa: E402
-from composer_megatron.import_run import import_run  # noqa: E402
+from composer_megatron.importing.run import import_run  # noqa: E402
 from composer_megatron.sequence import CompositeSequence  # noqa: E402
 
 torch.set_num_threads(1)

@@ -67,7 +67,7 @@ def test_greedy_decoding_with_the_cache_equals_the_full_pass() -> None:
 
 
 def test_throughput_measurement_runs(tmp_path: Path) -> None:
-    from composer_megatron.bench import TrainingBenchmark, run_training
+    from composer_megatron.bench.training import TrainingBenchmark, run_training
 
     output = tmp_path / "training.json"
     asked = TrainingBenchmark(

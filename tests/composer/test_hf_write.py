@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from composer_megatron.architecture import Architecture
 from composer_megatron.errors import FileError
-from composer_megatron.hf_names import composite_parts, llama_parts
-from composer_megatron.hf_write import Piece, write_safetensors
+from composer_megatron.huggingface.names import composite_parts, llama_parts
+from composer_megatron.huggingface.write import Piece, write_safetensors
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import Shape
 

@@ -26,7 +26,7 @@ from composer_megatron.architecture import Architecture  # noqa: E402
 from composer_megatron.checkpoint import load_run  # noqa: E402
 from composer_megatron.errors import FileError, UsageError  # noqa: E402
 from composer_megatron.gpt_spec import block_spec  # noqa: E402
-from composer_megatron.import_run import import_run  # noqa: E402
+from composer_megatron.importing.run import import_run  # noqa: E402
 from composer_megatron.layers.attention import SDPACoreAttention  # noqa: E402
 from composer_megatron.layers.norm import RMSNorm  # noqa: E402
 from composer_megatron.model import end_single_process, initialize_single_process  # noqa: E402

@@ -18,12 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from composer_megatron.architecture import Architecture  # noqa: E402
 from composer_megatron.checkpoint import load_run  # noqa: E402
-from composer_megatron.conversion import write_run  # noqa: E402
 from composer_megatron.errors import FileError, UsageError  # noqa: E402
 from composer_megatron.export_hf import hf_weights  # noqa: E402
 from composer_megatron.generate import generate_tokens  # noqa: E402
-from composer_megatron.import_llama import open_llama  # noqa: E402
-from composer_megatron.import_run import import_run, open_source  # noqa: E402
+from composer_megatron.importing.conversion import write_run  # noqa: E402
+from composer_megatron.importing.llama import open_llama  # noqa: E402
+from composer_megatron.importing.run import import_run, open_source  # noqa: E402
 
 torch.set_num_threads(1)
 

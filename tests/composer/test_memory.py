@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from composer_megatron import memory
 from composer_megatron.architecture import Architecture
 from composer_megatron.layout import Layout
+from composer_megatron.planner import memory
 from composer_megatron.primitives import PRIMITIVES
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from composer_megatron import cpu
 from composer_megatron.architecture import Architecture
 from composer_megatron.files import read_json_lines
-from composer_megatron.import_run import import_run
+from composer_megatron.importing.run import import_run
 from composer_megatron.script_flags import as_arguments, script_flags
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS

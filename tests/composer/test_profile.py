@@ -10,7 +10,7 @@ from composer_megatron.architecture import Architecture
 from composer_megatron.errors import FileError, UsageError
 from composer_megatron.layout import Layout
 from composer_megatron.pipeline import plan
-from composer_megatron.profile import Profile, measure
+from composer_megatron.planner.profile import Profile, measure
 from composer_megatron.roofline import Passes
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS

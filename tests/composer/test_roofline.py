@@ -9,9 +9,9 @@ import pytest
 
 from composer_megatron.architecture import Architecture
 from composer_megatron.errors import UsageError
-from composer_megatron.estimate import estimate
 from composer_megatron.layout import Layout
 from composer_megatron.pipeline import plan
+from composer_megatron.planner.estimate import estimate
 from composer_megatron.roofline import DEVICES, get_device, predict, ring_seconds, transfer_seconds
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS, Shape

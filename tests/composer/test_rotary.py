@@ -25,7 +25,7 @@ from composer_megatron.checkpoint import load_run  # noqa: E402
 from composer_megatron.errors import FileError, UsageError  # noqa: E402
 from composer_megatron.export_hf import export  # noqa: E402
 from composer_megatron.generate import generate_tokens  # noqa: E402
-from composer_megatron.import_run import import_run  # noqa: E402
+from composer_megatron.importing.run import import_run  # noqa: E402
 from composer_megatron.model import build_model  # noqa: E402
 from composer_megatron.rotary import inverse_frequencies  # noqa: E402
 from composer_megatron.script_flags import as_arguments, script_flags  # noqa: E402

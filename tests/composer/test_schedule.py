@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composer_megatron.errors import UsageError
-from composer_megatron.schedule import Operation, Schedule, held_up, in_flight, rank_order, simulate
+from composer_megatron.planner.schedule import Operation, Schedule, held_up, in_flight, rank_order, simulate
 
 
 @st.composite

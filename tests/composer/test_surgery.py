@@ -20,9 +20,9 @@ from composer_megatron.checkpoint import load_run  # noqa: E402
 from composer_megatron.commands import convert  # noqa: E402
 from composer_megatron.errors import UsageError  # noqa: E402
 from composer_megatron.export_hf import export  # noqa: E402
-from composer_megatron.import_run import import_run  # noqa: E402
+from composer_megatron.importing.run import import_run  # noqa: E402
+from composer_megatron.importing.surgery import BlockMap, read_map  # noqa: E402
 from composer_megatron.sequence import CompositeSequence  # noqa: E402
-from composer_megatron.surgery import BlockMap, read_map  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -4,11 +4,11 @@ import pytest
 
 from composer_megatron.architecture import Architecture
 from composer_megatron.errors import UsageError
-from composer_megatron.estimate import estimate
+from composer_megatron.planner.estimate import estimate
+from composer_megatron.planner.survey import default_batch, survey
 from composer_megatron.roofline import DEVICES
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS
-from composer_megatron.survey import default_batch, survey
 
 
 def llama(name: str) -> Architecture:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from composer_megatron.architecture import Architecture
 from composer_megatron.errors import UsageError
-from composer_megatron.profile import Profile
+from composer_megatron.planner.profile import Profile
 from composer_megatron.roofline import Passes
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import load_shape

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from composer_megatron.cli import main
-from composer_megatron.profile import Profile
+from composer_megatron.planner.profile import Profile
 from composer_megatron.roofline import Passes
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import load_shape

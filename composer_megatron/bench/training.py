@@ -14,7 +14,7 @@ from pathlib import Path
 
 from composer_megatron.errors import ComposerError, UsageError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 """The checkout that this package lies in, if it lies in one."""
 
 

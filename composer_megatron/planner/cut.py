@@ -1,8 +1,8 @@
 """What there is to cut: a row of blocks, the stages of a pipeline, and what a cut then takes in time and memory.
 
-The objective is the step time of `composer_megatron.schedule.simulate`, nothing simpler. Every path through the
-schedule's graph bounds it from below, for every cut, by a sum over stages; both searches rest on that:
-`composer_megatron.cut_exact` under 1F1B, `composer_megatron.cut_interleaved` where ranks hold several stages.
+The objective is the step time of `composer_megatron.planner.schedule.simulate`, nothing simpler. Every path through the
+schedule's graph bounds it from below, for every cut, by a sum over stages; both searches rest on that: `cut_exact`
+under 1F1B, `cut_interleaved` where ranks hold several stages.
 
 All times are whole numbers below 2^53, so that sums of them in doubles are exact and every machine finds the same cut.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from composer_megatron.errors import UsageError
-from composer_megatron.schedule import Schedule, in_flight, simulate
+from composer_megatron.planner.schedule import Schedule, in_flight, simulate
 
 type Array = NDArray[np.float64]
 type Borders = NDArray[np.intp]

@@ -11,12 +11,12 @@ from types import MappingProxyType
 from typing import Any
 
 from composer_megatron.architecture import Architecture
-from composer_megatron.conversion import Source
 from composer_megatron.errors import FileError
 from composer_megatron.files import read_json
-from composer_megatron.hf_config import number, rope_scaling, shape_fields, without_rope_scaling
-from composer_megatron.hf_files import open_weights
-from composer_megatron.hf_names import llama_parts
+from composer_megatron.huggingface.config import number, rope_scaling, shape_fields, without_rope_scaling
+from composer_megatron.huggingface.files import open_weights
+from composer_megatron.huggingface.names import llama_parts
+from composer_megatron.importing.conversion import Source
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import Shape
 

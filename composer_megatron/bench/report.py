@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from composer_megatron.bench_kernels import Verdict, verdicts
+from composer_megatron.bench.kernels import Verdict, verdicts
 from composer_megatron.errors import FileError
 from composer_megatron.files import naming, read_json, write_text
 from composer_megatron.sequence import CompositeSequence

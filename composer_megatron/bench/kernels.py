@@ -19,7 +19,7 @@ import torch
 from composer_megatron.errors import ComposerError, UsageError
 from composer_megatron.files import read_json
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 """The checkout that this package lies in, if it lies in one."""
 
 OURS = "composer"

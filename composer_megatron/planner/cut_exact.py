@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from composer_megatron.cut import Array, Cut, CutProblem, Unit, no_room
-from composer_megatron.schedule import held_up, in_flight, rank_order
+from composer_megatron.planner.cut import Array, Cut, CutProblem, Unit, no_room
+from composer_megatron.planner.schedule import held_up, in_flight, rank_order
 
 _SIMULATED_PASSES = 600_000
 """Work limit of a search, in passes simulated: about half a second."""

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from composer_megatron import cpu
 from composer_megatron.architecture import Architecture
 from composer_megatron.checkpoint import TRACKER
-from composer_megatron.conversion import Source
 from composer_megatron.errors import ComposerError, FileError
 from composer_megatron.files import naming
+from composer_megatron.importing.conversion import Source
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import Shape
 from composer_megatron.stored import Place, read_tensor, unreadable

@@ -83,7 +83,7 @@ def _interleave(pieces: list[Tensor], shape: Shape) -> Tensor:
 
 
 def composite_parts(architecture: Architecture) -> list[Part]:
-    """Every parameter of an architecture, with the names of `hf_template/modeling_composite.py`.
+    """Every parameter of an architecture, with the names of `template/modeling_composite.py`.
 
     Raises:
         UsageError: If a block has no modelling code there.

@@ -10,12 +10,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from composer_megatron import memory
 from composer_megatron.architecture import Architecture
 from composer_megatron.errors import UsageError
-from composer_megatron.estimate import estimate
 from composer_megatron.layout import Layout
 from composer_megatron.pipeline import Plan, plan
+from composer_megatron.planner import memory
+from composer_megatron.planner.estimate import estimate
 from composer_megatron.primitives import PRIMITIVES
 from composer_megatron.roofline import Device, predict
 

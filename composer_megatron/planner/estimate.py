@@ -9,13 +9,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from composer_megatron import memory
-from composer_megatron.cut import borders_of, equal_counts
-from composer_megatron.cut_exact import ExactCut
 from composer_megatron.errors import UsageError
 from composer_megatron.pipeline import Plan
+from composer_megatron.planner import memory
+from composer_megatron.planner.cut import borders_of, equal_counts
+from composer_megatron.planner.cut_exact import ExactCut
+from composer_megatron.planner.schedule import Schedule
 from composer_megatron.roofline import EFFICIENCY, LINK_EFFICIENCY, ring_seconds
-from composer_megatron.schedule import Schedule
 
 _OPTIMIZER_TRAFFIC = 38
 """Bytes a parameter: gradient, fp32 copy and moments read; copy, moments and bf16 weight written; norm and zeroing."""

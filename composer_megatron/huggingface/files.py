@@ -17,7 +17,7 @@ from torch import Tensor
 
 from composer_megatron.errors import ComposerError, FileError
 from composer_megatron.files import read_json
-from composer_megatron.hf_names import Part
+from composer_megatron.huggingface.names import Part
 from composer_megatron.shape import Shape
 
 _DTYPES = MappingProxyType({"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16})

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from composer_megatron.architecture import Architecture
-from composer_megatron.conversion import Source
 from composer_megatron.errors import FileError, UsageError
 from composer_megatron.files import read_json
-from composer_megatron.hf_config import number, shape_fields
-from composer_megatron.hf_files import open_weights
-from composer_megatron.hf_names import composite_parts
+from composer_megatron.huggingface.config import number, shape_fields
+from composer_megatron.huggingface.files import open_weights
+from composer_megatron.huggingface.names import composite_parts
+from composer_megatron.importing.conversion import Source
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import Shape
 

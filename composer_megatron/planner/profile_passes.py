@@ -1,4 +1,4 @@
-"""Run and time forward and backward passes of single blocks on this machine, for `composer_megatron.profile`."""
+"""Run and time forward and backward passes of single blocks on this machine, for `profile`."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def measure(shape: Shape, letters: str = "AM", *, seq_len: int, micro_batch_size
         if value < 1:
             raise UsageError(f"{name}={value}; expected at least 1")
     from composer_megatron.checkpoint import group_of_one
-    from composer_megatron.profile_passes import PassTimer
+    from composer_megatron.planner.profile_passes import PassTimer
 
     timer = PassTimer(shape, seq_len, micro_batch_size)
     with group_of_one():

@@ -18,8 +18,8 @@ import random
 
 import numpy as np
 
-from composer_megatron.cut import Array, Borders, Cut, CutProblem, borders_of, equal_counts, no_room
-from composer_megatron.schedule import Schedule, simulate
+from composer_megatron.planner.cut import Array, Borders, Cut, CutProblem, borders_of, equal_counts, no_room
+from composer_megatron.planner.schedule import Schedule, simulate
 
 _PASSES = 1_000_000
 """Work limit of the search, in passes simulated: about half a second."""

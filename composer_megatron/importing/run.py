@@ -13,14 +13,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from composer_megatron.checkpoint import TRACKER
-from composer_megatron.conversion import Progress, Source, check_absent, silent, write_run
 from composer_megatron.errors import FileError
 from composer_megatron.files import read_json
-from composer_megatron.import_composite import MODEL_TYPE, open_composite
-from composer_megatron.import_gpt import open_gpt
-from composer_megatron.import_llama import open_llama
+from composer_megatron.importing.composite import MODEL_TYPE, open_composite
+from composer_megatron.importing.conversion import Progress, Source, check_absent, silent, write_run
+from composer_megatron.importing.gpt import open_gpt
+from composer_megatron.importing.llama import open_llama
+from composer_megatron.importing.surgery import graft
 from composer_megatron.sequence import CompositeSequence
-from composer_megatron.surgery import graft
 
 
 def import_run(
@@ -40,7 +40,7 @@ def import_run(
             checkpoint of Megatron's GPTModel.
         run_dir: The folder to make.
         sequence: The sequence of the new model; None for the source's own.
-        blocks: Which block comes from where, in the notation of `composer_megatron.surgery`; None for ``even``.
+        blocks: Which block comes from where, as `composer_megatron.importing.surgery` writes it; None for ``even``.
         window: Keys that a query of a W block sees; None for 1024, or what the source says.
         drop_rope_scaling: Take a Llama with a scaled rotary embedding without the scaling, so not exactly.
         progress: Told after each parameter how many bytes were taken over, and how many there are.

@@ -32,8 +32,8 @@ from typing import NoReturn
 from torch import Tensor
 
 from composer_megatron.architecture import Architecture
-from composer_megatron.conversion import Source
 from composer_megatron.errors import UsageError
+from composer_megatron.importing.conversion import Source
 from composer_megatron.primitives import PRIMITIVES
 from composer_megatron.sequence import CompositeSequence
 

@@ -1,0 +1,1 @@
+"""What was measured: runs, verdicts on kernels, gains by length, the report."""

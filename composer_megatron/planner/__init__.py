@@ -1,0 +1,1 @@
+"""Where a sequence is cut, what each stage holds and how long its step takes."""
