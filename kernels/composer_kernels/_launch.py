@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -162,6 +163,26 @@ def _hooked() -> bool:
     """Whether someone, such as a profiler, is to be told of launches."""
     runtime = triton.knobs.runtime
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel of rows and columns is launched.
+
+    Attributes:
+        block: Columns that a program holds at a time, a power of two.
+        rows: Rows of a program, a power of two.
+        warps: Warps of a program.
+    """
+
+    block: int
+    rows: int
+    warps: int
+
+    @functools.cached_property
+    def options(self) -> tuple[tuple[str, Any], ...]:
+        """As `Kernel.launch` takes them."""
+        return (("num_warps", self.warps),)
 
 
 class _Final(torch.autograd.Function):

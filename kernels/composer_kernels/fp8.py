@@ -25,15 +25,14 @@ Legend: WIDTH = K; a program handles ROWS rows (`quantise`) or a tile of ROWS ×
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from composer_kernels._launch import INTERPRETING, Kernel, as_rows, check_dtypes, describe
+from composer_kernels._launch import INTERPRETING, Kernel, Launch, as_rows, check_dtypes, describe
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -126,26 +125,6 @@ def _transpose_kernel(
     tl.store(out_ptr + col[:, None].to(tl.int64) * padded + row[None, :], out, mask=mask)
     if program < strips:
         tl.store(out_scale_ptr + col, tl.zeros([COLUMNS], tl.float32) + largest, mask=col < WIDTH)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a kernel is launched.
-
-    Attributes:
-        block: Columns that a program holds at a time, a power of two.
-        rows: Rows of a program, a power of two.
-        warps: Warps of a program.
-    """
-
-    block: int
-    rows: int
-    warps: int
-
-    @functools.cached_property
-    def options(self) -> tuple[tuple[str, Any], ...]:
-        """As `Kernel.launch` takes them."""
-        return (("num_warps", self.warps),)
 
 
 @functools.cache

@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from composer_kernels._launch import DTYPES, INTERPRETING, Kernel, as_rows, describe, dtype_name
-from composer_kernels.fp8 import E4M3, Launch, Rows, largest_bits, quantise_reference, scale_and_inverse
+from composer_kernels._launch import DTYPES, INTERPRETING, Kernel, Launch, as_rows, describe, dtype_name
+from composer_kernels.fp8 import E4M3, Rows, largest_bits, quantise_reference, scale_and_inverse
+from composer_kernels.swiglu import gated, gradients
 
 _WHOLE = 16_384
 """The widest row that a program holds in registers."""
@@ -39,10 +40,7 @@ def _gated(
     """A tile of y, whose gates begin at `place`."""
     gate = tl.load(h_ptr + place, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(h_ptr + place + WIDTH, mask=mask, other=0.0).to(tl.float32)
-    if LIMITED:  # comparisons, because a minimum would lose NaN
-        gate = tl.where(gate > limit, limit, gate)
-        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    return gate * tl.sigmoid(gate) * up
+    return gated(gate, up, limit, LIMITED)
 
 
 @triton.jit
@@ -53,18 +51,7 @@ def _gradients(
     """Tiles of dgate and dup."""
     gate = tl.load(h_ptr + place, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(h_ptr + place + WIDTH, mask=mask, other=0.0).to(tl.float32)
-    if LIMITED:
-        gate_free = gate <= limit
-        up_free = (up <= limit) & (up >= -limit)
-        gate = tl.where(gate > limit, limit, gate)
-        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    s = tl.sigmoid(gate)
-    dup = dy * gate * s
-    dgate = dy * up * s * (1 + gate * (1 - s))
-    if LIMITED:
-        dgate = tl.where(gate_free, dgate, 0.0)
-        dup = tl.where(up_free, dup, 0.0)
-    return dgate, dup
+    return gradients(dy, gate, up, limit, LIMITED)
 
 
 @triton.jit(do_not_specialize=["rows"])

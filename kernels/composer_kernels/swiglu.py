@@ -21,7 +21,6 @@ Legend: WIDTH = F; a program handles ROWS × BLOCK elements, in the order in whi
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from composer_kernels._launch import Kernel, as_rows, check_dtypes, describe, differentiable_once, runs_kernel
+from composer_kernels._launch import Kernel, Launch, as_rows, check_dtypes, describe, differentiable_once, runs_kernel
 
 
 @triton.jit
@@ -42,6 +41,40 @@ def _tile(rows: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.co
     return row, col, (row < rows) & (col < WIDTH)
 
 
+@triton.jit
+def clamped(gate: tl.tensor, up: tl.tensor, limit: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Gate to at most the limit, up to either side of 0; by comparisons, because a minimum would lose NaN."""
+    gate = tl.where(gate > limit, limit, gate)
+    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    return gate, up
+
+
+@triton.jit
+def gated(gate: tl.tensor, up: tl.tensor, limit: tl.tensor, LIMITED: tl.constexpr) -> tl.tensor:
+    """A tile of y from tiles of gate and up, in fp32."""
+    if LIMITED:
+        gate, up = clamped(gate, up, limit)
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def gradients(
+    dy: tl.tensor, gate: tl.tensor, up: tl.tensor, limit: tl.tensor, LIMITED: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Tiles of dgate and dup from tiles of dy, gate and up, in fp32."""
+    if LIMITED:
+        gate_free = gate <= limit
+        up_free = (up <= limit) & (up >= -limit)
+        gate, up = clamped(gate, up, limit)
+    s = tl.sigmoid(gate)
+    dup = dy * gate * s
+    dgate = dy * up * s * (1 + gate * (1 - s))
+    if LIMITED:
+        dgate = tl.where(gate_free, dgate, 0.0)
+        dup = tl.where(up_free, dup, 0.0)
+    return dgate, dup
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     gate_ptr: tl.tensor, up_ptr: tl.tensor, y_ptr: tl.tensor,
@@ -51,10 +84,7 @@ def _forward_kernel(
     row, col, mask = _tile(rows, WIDTH, BLOCK, ROWS)
     gate = tl.load(gate_ptr + row * gate_stride + col, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + UP_START + col, mask=mask, other=0.0).to(tl.float32)
-    if LIMITED:  # comparisons, because a minimum would lose NaN
-        gate = tl.where(gate > limit, limit, gate)
-        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    y = gate * tl.sigmoid(gate) * up
+    y = gated(gate, up, limit, LIMITED)
     tl.store(y_ptr + row * WIDTH + col, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -68,40 +98,10 @@ def _backward_kernel(
     dy = tl.load(dy_ptr + row * dy_stride + col, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + col, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + UP_START + col, mask=mask, other=0.0).to(tl.float32)
-    if LIMITED:
-        gate_free = gate <= limit
-        up_free = (up <= limit) & (up >= -limit)
-        gate = tl.where(gate > limit, limit, gate)
-        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    s = tl.sigmoid(gate)
-    dup = dy * gate * s
-    dgate = dy * up * s * (1 + gate * (1 - s))
-    if LIMITED:
-        dgate = tl.where(gate_free, dgate, 0.0)
-        dup = tl.where(up_free, dup, 0.0)
+    dgate, dup = gradients(dy, gate, up, limit, LIMITED)
     out = row * (WIDTH + UP_START) + col  # gradients lie as the inputs do, without gaps
     tl.store(dgate_ptr + out, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
     tl.store(dup_ptr + out + UP_START, dup.to(dup_ptr.dtype.element_ty), mask=mask)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a kernel is launched.
-
-    Attributes:
-        block: Columns of a tile, a power of two.
-        rows: Rows of a tile, a power of two.
-        warps: Warps of a program.
-    """
-
-    block: int
-    rows: int
-    warps: int
-
-    @functools.cached_property
-    def options(self) -> tuple[tuple[str, Any], ...]:
-        """As `Kernel.launch` takes them."""
-        return (("num_warps", self.warps),)
 
 
 @functools.cache

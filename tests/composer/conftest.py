@@ -6,9 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -122,6 +122,34 @@ def runs(text_folder, tmp_path_factory) -> dict[str, Path]:
 def run_dir(runs, tmp_path) -> Path:
     """A copy of the plain run, to be damaged."""
     return Path(shutil.copytree(runs["plain"], tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(tmp_path_factory) -> Callable[[str, Any], Any]:
+    """Runs a script of this folder in two processes, as ``<script> rank store result cases``, and gives its result.
+
+    Arguments: the script's name and the cases; these and the result are JSON.
+    """
+
+    def run(script: str, cases: Any) -> Any:
+        folder = tmp_path_factory.mktemp("ranks")
+        arguments = [str(folder / "store"), str(folder / "result"), json.dumps(cases)]
+        paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name(script)), str(rank), *arguments],
+                env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        assert not any(process.returncode for process in processes), "\n".join(outputs)
+        return json.loads((folder / "result").read_text())
+
+    return run
 
 
 STEPS = 8

@@ -1,11 +1,6 @@
 """Projections in 8 bits: what they compute, where gradients go, how a model learns with them, what they refuse."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -275,24 +270,8 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> dict[str, dict[str, float]]:
-    folder, program = tmp_path_factory.mktemp("ranks"), Path(__file__).with_name("fp8_ranks.py")
-    root = program.parents[2]
-    paths = os.pathsep.join((str(root), str(root / "kernels"), str(program.parent)))
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(program), str(rank), str(folder / "store"), str(folder / "result"), json.dumps(CASES)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(outputs)
-    return json.loads((folder / "result").read_text())
+def two_ranks(on_two_ranks) -> dict[str, dict[str, float]]:
+    return on_two_ranks("fp8_ranks.py", CASES)
 
 
 @pytest.mark.skipif(cpu.has_gpu(), reason="the two ranks compute on the CPU")

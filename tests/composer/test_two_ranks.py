@@ -1,14 +1,7 @@
 """Two processes compute what one does: attention under context parallelism, and whole models on every backend."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-PROGRAM = Path(__file__).with_name("two_ranks.py")
 TENSOR, CONTEXT = {"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}
 ATTENTION = {
     f"{backend}, {'packed' if packed else 'whole'}, window {window}": {
@@ -38,27 +31,9 @@ MODELS = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, dict[str, float]]:
+def found(on_two_ranks) -> dict[str, dict[str, float]]:
     """The relative differences of every case, in float64."""
-    folder = tmp_path_factory.mktemp("ranks")
-    cases = ATTENTION | {name: {"kind": "model", **case} for name, case in MODELS.items()}
-    command = [sys.executable, str(PROGRAM), "{}", str(folder / "store"), str(folder / "result"), json.dumps(cases)]
-    root = PROGRAM.parents[2]
-    paths = os.pathsep.join((str(root), str(root / "kernels")))
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    processes = [
-        subprocess.Popen(
-            [word if word != "{}" else str(rank) for word in command],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(outputs)
-    return json.loads((folder / "result").read_text())
+    return on_two_ranks("two_ranks.py", ATTENTION | {name: {"kind": "model", **case} for name, case in MODELS.items()})
 
 
 @pytest.mark.parametrize("name", ATTENTION)

@@ -1,7 +1,6 @@
 """`fp8`: quantised numbers against a float64 search among all of e4m3, products against float64 products of them."""
 
 import math
-import os
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from composer_kernels import fp8
 
+pytestmark = pytest.mark.usefixtures("e4m3_in_the_interpreter")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs a GPU that has e4m3"
@@ -22,26 +22,6 @@ E4M3 = [
     if code % 128 != 127  # NaN
 ]
 """All numbers of the format, as arXiv 2209.05433 defines it: 4 bits of exponent with bias 7, 3 of mantissa, no inf."""
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _e4m3_in_the_interpreter(_mended_interpreter):
-    """Mend Triton 3.6's interpreter once more: it rounds ties away from 0, and 127 to 64, where GPUs round to even."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    from triton import language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def convert_to_nearest(values, source, target, rounding):
-        if (source, target) == (tl.float32, tl.float8e4nv):
-            return torch.from_numpy(values.copy()).to(fp8.E4M3).view(torch.uint8).numpy()
-        if (source, target) == (tl.float8e4nv, tl.float32):
-            return torch.from_numpy(values.copy()).view(fp8.E4M3).float().numpy().view("uint32")
-        return convert(values, source, target, rounding)
-
-    interpreter._convert_float = convert_to_nearest
 
 
 def nearest(x: torch.Tensor) -> torch.Tensor:

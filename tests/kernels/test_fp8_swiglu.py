@@ -1,32 +1,12 @@
 """SwiGLU and its gradient in 8 bits, against float64 formulas rounded to 8 bits."""
 
-import os
-
 import pytest
 import torch
 
-from composer_kernels import fp8
 from composer_kernels import fp8_swiglu as op
 
+pytestmark = pytest.mark.usefixtures("e4m3_in_the_interpreter")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _e4m3_in_the_interpreter(_mended_interpreter):
-    """As in `test_fp8.py`."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    from triton import language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def convert_to_nearest(values, source, target, rounding):
-        if (source, target) == (tl.float32, tl.float8e4nv):
-            return torch.from_numpy(values.copy()).to(fp8.E4M3).view(torch.uint8).numpy()
-        return convert(values, source, target, rounding)
-
-    interpreter._convert_float = convert_to_nearest
 
 
 def draw(rows, width, dtype, device):
