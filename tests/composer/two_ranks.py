@@ -1,4 +1,4 @@
-"""What two processes compute, compared with one: run by `test_layers.py` and `test_model.py` as ``rank store result``.
+"""What two processes compute, compared with one: run by `test_two_ranks.py` as ``rank store result``.
 
 Each process computes the whole by itself as well, and the first one writes the largest relative differences.
 """

@@ -211,13 +211,14 @@ def assert_as_good() -> Callable[..., None]:
 
 
 @pytest.fixture
-def assert_capturable() -> Callable[[Callable[[], Sequence[torch.Tensor]]], None]:
-    """Check that a step never waits for the GPU, and that a CUDA graph of it gives the same results, bit for bit.
+def assert_capturable() -> Callable[..., None]:
+    """Check that a step never waits for the GPU, and that a CUDA graph of it gives the same results.
 
-    The step has to make its leaves itself, since their autograd nodes belong to the capturing stream.
+    The step has to make its leaves itself, since their autograd nodes belong to the capturing stream. The same bit for
+    bit, unless a `tolerance` is given, relative and absolute.
     """
 
-    def check(step: Callable[[], Sequence[torch.Tensor]]) -> None:
+    def check(step: Callable[[], Sequence[torch.Tensor]], tolerance: float = 0.0) -> None:
         wanted = step()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -229,9 +230,27 @@ def assert_capturable() -> Callable[[Callable[[], Sequence[torch.Tensor]]], None
             captured = step()
         graph.replay()
         for one, two in zip(captured, wanted, strict=True):
-            assert torch.equal(one, two)
+            torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
 
     return check
+
+
+@pytest.fixture
+def run_alone() -> Callable[[str], None]:
+    """Run a test module's `main` in a process of its own, on the CPU and without the interpreter; it must succeed."""
+
+    def run(module: str) -> None:
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        environment |= {
+            "PYTHONPATH": str(HERE.parents[1] / "kernels"),
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, module]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
 
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}

@@ -1,11 +1,7 @@
 """Linear cross entropy against the float64 formula with whole logits, and against itself in other chunks and splits."""
 
 import functools
-import os
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -334,15 +330,9 @@ def test_16k_tokens_of_128k_words_in_a_gigabyte(whole_gpu):
     assert torch.cuda.max_memory_allocated() - before < 1e9
 
 
-def test_split_over_processes():
+def test_split_over_processes(run_alone):
     """Run this file's `main`: 4 processes on the CPU; each check is made in groups of 2 and of 4."""
-    root = Path(__file__).parents[2]
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(root / "kernels"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_alone(__file__)
 
 
 def check_group(rank, size, group):

@@ -13,18 +13,6 @@ from composer_megatron.text.folder import INDEX_HEADER
 from composer_megatron.text.preprocess import preprocess
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(30)))
-    return preprocess([folder / "a.jsonl"], folder / "text", vocab_size=260, workers=1).folder
-
-
-@pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "text"))
-
-
 def test_a_sound_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("composer_megatron.text.check._CHUNK", 7)  # documents lie across chunks
     seen: list[tuple[int, int]] = []

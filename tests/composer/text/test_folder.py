@@ -1,7 +1,6 @@
 """Reading a text folder back: the damage that can befall it is named."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +8,6 @@ import pytest
 
 from composer_megatron.errors import FileError
 from composer_megatron.text.folder import load_text_folder
-from composer_megatron.text.preprocess import preprocess
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(30)))
-    return preprocess([folder / "a.jsonl"], folder / "text", vocab_size=260, workers=1).folder
-
-
-@pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "text"))
 
 
 def test_paths_and_equality(folder: Path) -> None:
