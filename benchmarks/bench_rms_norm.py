@@ -112,12 +112,11 @@ def forward_launches(width: int) -> Iterator[Launch]:
 def backward_launches(width: int) -> Iterator[Launch]:
     """Launches worth timing for the backward kernel: 8 to 32 elements a thread, up to 1024 threads a multiprocessor."""
     whole = 1 << (width - 1).bit_length()
-    overlap = torch.cuda.get_device_capability() >= (9, 0)
     for block in {whole, 4096, 8192} if width > 8192 else {whole}:
-        stages = 2 if block >= width else 1
-        for rows, warps, programs in itertools.product((1, 2, 4, 8), (4, 8, 16, 32), (1, 2, 3, 4)):
+        depths = (1, 2) if block >= width else (1,)
+        for rows, warps, programs, stages in itertools.product((1, 2, 4, 8), (4, 8, 16, 32), (1, 2, 3, 4), depths):
             if 8 <= rows * block / warps / 32 <= 32 and programs * warps <= 32:
-                yield Launch(block, rows, warps, stages, programs, overlap=overlap)
+                yield Launch(block, rows, warps, stages, programs)
 
 
 def backward_variants(best: Launch) -> Iterator[Launch]:

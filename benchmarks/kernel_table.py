@@ -7,7 +7,7 @@ the page, beside the target. Nobody types a figure; a test holds page and result
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,22 @@ def of_copy(case: Case) -> float | None:
     return case["composer"].get("of_copy") if "composer" in case else None
 
 
-def against(peer: str, ours: str = "composer") -> Figure:
+@dataclass(frozen=True)
+class Against:
     """The peer's time over ours."""
 
-    def figure(case: Case) -> float | None:
-        times = [case[name]["graph"] if name in case else None for name in (peer, ours)]
+    peer: str
+    ours: str = "composer"
+
+    def __call__(self, case: Case) -> float | None:
+        """Where both were timed."""
+        times = [case[name]["graph"] if name in case else None for name in (self.peer, self.ours)]
         return times[0] / times[1] if times[0] and times[1] else None
 
-    return figure
+    def refusal(self, cases: Iterable[Case]) -> str:
+        """What the peer said where it was asked and could not."""
+        notes = {case[self.peer]["note"] for case in cases if self.peer in case and case[self.peer].get("note")}
+        return "; ".join(sorted(notes)).replace("|", "/")
 
 
 def gigabytes(ours: str) -> Figure:
@@ -88,29 +96,29 @@ def gigabytes(ours: str) -> Figure:
 TARGETS = (
     Target("rms_norm", "forward", "forward, of copy", 0.95, fraction(), aside=of_copy),
     Target("rms_norm", "backward", "backward with dW, of copy", 0.90, fraction(), aside=of_copy),
-    Target("rms_norm", "forward", "forward, quack's time / ours", 0.98, against("quack")),
-    Target("rms_norm", "backward", "backward, Liger's time / ours", 2.5, against("liger")),
+    Target("rms_norm", "forward", "forward, quack's time / ours", 0.98, Against("quack")),
+    Target("rms_norm", "backward", "backward, Liger's time / ours", 2.5, Against("liger")),
     Target("add_rms_norm", "forward", "forward, of copy", 0.95, fraction(), aside=of_copy),
     Target("add_rms_norm", "backward", "backward, of copy", 0.90, fraction(), aside=of_copy),
     Target("swiglu", "forward", "forward, of copy", 0.97, fraction(), aside=of_copy),
     Target("swiglu", "backward", "backward, of copy", 0.93, fraction(), aside=of_copy),
-    Target("swiglu", "backward", "backward, Megatron's time / ours", 3.0, against("megatron")),
+    Target("swiglu", "backward", "backward, Megatron's time / ours", 3.0, Against("megatron")),
     Target("rope", "", "both ways, of copy", 0.93, fraction(), aside=of_copy),
     Target("cross_entropy", "2 passes", "split form, 6 bytes a logit, of copy", 0.93, fraction("composer inplace")),
     Target("cross_entropy", "1 pass", "whole form, 4 bytes a logit, of copy", 0.92, fraction("composer inplace")),
     Target("linear_cross_entropy", "", "into `main_grad`, of the GEMM rate", 0.92, fraction("composer main_grad")),
-    Target("linear_cross_entropy", "", "quack's chunked time / ours", 1.0, against("quack chunked")),
+    Target("linear_cross_entropy", "", "quack's chunked time / ours", 1.0, Against("quack chunked")),
     Target("linear_cross_entropy", "16384", "GB at 16k tokens", 1.0, gigabytes("composer main_grad"), most=True),
-    Target("attention", "", "the implementation's own time / ours", 0.98, against("itself")),
+    Target("attention", "", "the implementation's own time / ours", 0.98, Against("itself")),
     Target(
-        "attention", "forward", "cuDNN's time / our Triton's, forward", 0.70, against("cudnn itself", "composer triton")
+        "attention", "forward", "cuDNN's time / our Triton's, forward", 0.70, Against("cudnn itself", "composer triton")
     ),
     Target("decode_attention", "attend", "of read, from 256 MB on", 0.85, fraction(smallest=256e6)),
-    Target("decode_attention", "attend 1 x", "FlashAttention 4's time / ours, batch 1", 1.3, against("fa4 split-KV")),
-    Target("linear_decode", "", "cuBLAS' time / ours", 1.0, against("cublas + ours")),
-    Target("wgrad_accumulate", "", "the plain product's time / ours", 0.97, against("torch.mm, bf16")),
+    Target("decode_attention", "attend 1 x", "FlashAttention 4's time / ours, batch 1", 1.3, Against("fa4 split-KV")),
+    Target("linear_decode", "", "cuBLAS' time / ours", 1.0, Against("cublas + ours")),
+    Target("wgrad_accumulate", "", "the plain product's time / ours", 0.97, Against("torch.mm, bf16")),
     Target("adamw", "", "of copy (the norm: of read)", 0.93, fraction()),
-    Target("adamw", "", "PyTorch's fused time / ours", 1.1, against("torch fused")),
+    Target("adamw", "", "PyTorch's fused time / ours", 1.1, Against("torch fused")),
 )  # fmt: skip
 
 
@@ -141,9 +149,15 @@ def table(folder: Path) -> list[str]:
         met = sum(map(target.is_met, values))
         sign = "≤" if target.most else "≥"
         verdict = "–" if not values else "yes" if met == len(values) else f"in {met} of {len(values)} cases"
-        cells = [f"`{target.op}`", target.what, f"{sign} {target.bound:g}", _span(values) or "not measured"]
+        figure = _span(values) or _why_not(target, cases)
+        cells = [f"`{target.op}`", target.what, f"{sign} {target.bound:g}", figure]
         lines.append(f"| {' | '.join([*cells, _span(aside), verdict])} |")
     return lines
+
+
+def _why_not(target: Target, cases: Sequence[Case]) -> str:
+    refusal = target.figure.refusal(cases) if isinstance(target.figure, Against) else ""
+    return f"the peer cannot: {refusal}" if refusal else "not measured"
 
 
 def _values(figure: Figure, cases: Iterable[Case]) -> list[float]:

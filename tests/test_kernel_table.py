@@ -76,6 +76,13 @@ def test_a_failed_row_and_an_unsound_ceiling_count_for_nothing(script, results):
     assert cells(script.tables(folder), "swiglu", "forward, of copy")[1] == "not measured"
 
 
+def test_a_peer_that_refuses_is_quoted(script, results):
+    rows = [row("attend 1 x 2", "composer", 1.0, 0.5), row("attend 1 x 2", "fa4 split-KV", None, None, note="no | 9.0")]
+    text = script.tables(results("decode_attention", rows))
+    cell = cells(text, "decode_attention", "FlashAttention 4's time / ours, batch 1")
+    assert cell == ["≥ 1.3", "the peer cannot: no / 9.0", "", "–"]
+
+
 def test_only_what_is_between_the_marks_changes(script, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")

@@ -8,7 +8,7 @@ With g = dy · w and means over the H elements of a row:
 
 Bytes for R rows of 16-bit elements: forward reads x and writes y, 4RH; backward reads dy and x and writes dx, 6RH.
 On top come 4R for rstd each time, the weight, and 8PH in fp32 for the parts of dweight that the P programs of the
-backward pass write and a last kernel adds up (P is one or two a multiprocessor).
+backward pass write and a last kernel adds up (P is one to three a multiprocessor).
 
 Memory: y is allocated forward, and rstd where gradients are wanted; x, weight and rstd are kept for backward, which
 allocates dx, dweight and the 4PH bytes of its parts. Inputs whose rows no single stride can address are copied first.

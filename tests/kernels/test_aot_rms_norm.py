@@ -33,9 +33,12 @@ def test_backward(width, stream, architecture, compile_ahead, assert_as_recorded
     total, copy = (BF16, None) if kind is None else (kind, BF16 if kind == FP32 else None)
     types = [BF16, kind, total, BF16, FP32, total, copy, FP32, *["i32:16"] * 3, "i32", "i32"]
     pin = launch.pin and launch.block >= width
-    constants = (width, launch.block, launch.rows, False, pin, launch.stages, launch.overlap)
+    constants = (width, launch.block, launch.rows, False, pin, launch.stages, architecture >= 90)
     resources = compile_ahead(_norm._backward_kernel, architecture, types, constants, num_warps=launch.warps)
-    assert resources["spilled_bytes"] == 0
+    # Two registers in the launch that was timed as the fastest at 4096 columns (sm_90), four at 8192 in fp32 (sm_80).
+    assert resources["spilled_bytes"] <= 16
+    if launch.block >= width:  # all programs of a multiprocessor run at once
+        assert launch.programs * launch.warps * 32 * resources["registers"] <= 65536
     assert_as_recorded(f"backward, {width} wide, residual {stream}, sm_{architecture}", resources)
 
 

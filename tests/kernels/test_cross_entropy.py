@@ -1,10 +1,7 @@
 """Cross entropy against its formula in float64, whole and split over the vocabulary."""
 
 import os
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -446,15 +443,9 @@ def test_more_than_31_bits_of_elements(reduction, whole_gpu):
     assert loss.mean().item() == pytest.approx(np.log(vocab) + 0.5, abs=0.1)  # lse of that many standard normals
 
 
-def test_split_over_processes():
+def test_split_over_processes(run_alone):
     """Run this file's `main`: 4 processes on the CPU; each check is made in groups of 2 and of 4."""
-    root = Path(__file__).parents[2]
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(root / "kernels"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_alone(__file__)
 
 
 def check_group(rank, size, group):

@@ -1,5 +1,8 @@
 """`rms_norm` against its formula in float64, on a GPU or in Triton's interpreter."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -325,14 +328,32 @@ def test_bad_arguments(error, words, arguments):
         rms_norm(*positional, **named)
 
 
-@pytest.mark.parametrize("size", [4, 6, 10])
+@pytest.mark.parametrize("size", [4, 6, 8, 10, 12])
 @pytest.mark.parametrize("width", [1, 1536, 4096, 8192, 40000])
 def test_backward_launch_fits_small_gpus(width, size):
     """Tiles on their way lie in shared memory, of which GPUs without a data centre have 99 KiB; partial sums too."""
     launch = _norm.backward_launch(width, size)
-    buffers = max(1, launch.stages - 1)
+    weight = 0 if launch.pin else 4  # on its way, too
+    scratch = 16 * 1024 if size >= 10 else 0  # what three tensors in fp32 take to change layouts
     assert launch.programs * launch.warps <= 32
-    assert buffers * launch.rows * launch.block * size <= 96 * 1024 or launch.stages == 1
+    assert (launch.stages - 1) * launch.block * (launch.rows * size + weight) + scratch <= 98 * 1024
+
+
+@pytest.mark.parametrize(("overlap", "can", "needs_dweight"), list(itertools.product((True, False), repeat=3)))
+def test_kernels_overlap_only_where_one_follows_that_waits(overlap, can, needs_dweight, monkeypatch):
+    """A first kernel that lets the next one begin early must be followed by the one that waits for its end."""
+    launched = []
+    for name in ("_backward", "_weight_grad"):
+        monkeypatch.setattr(getattr(_norm, name), "launch", lambda *arguments: launched.append(arguments[-2:]))
+    monkeypatch.setattr(_norm, "can_overlap", lambda device: can)
+    x, weight, dy = (tensor.detach() for tensor in draw((4, 8), torch.float32, "cpu"))
+    launch = Launch(8, 1, 4, overlap=overlap)
+    _norm.launch_backward(dy, None, x, weight, x[:, 0], False, needs_dweight, None, None, launch)
+    wanted = overlap and can and needs_dweight
+    assert len(launched) == 1 + needs_dweight
+    assert all(constants[-1] is wanted for constants, _ in launched)
+    assert "launch_pdl" not in dict(launched[0][1])
+    assert ("launch_pdl" in dict(launched[-1][1])) is wanted
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -348,6 +369,37 @@ def test_no_host_synchronisation_and_cuda_graph(device, assert_capturable):
         return (y.detach(), *torch.autograd.grad(y, leaves, dy))
 
     assert_capturable(step)
+
+
+@needs_gpu
+@pytest.mark.parametrize("captured", [False, True])
+def test_overlapping_kernels_give_the_bits_of_those_in_a_row(captured, device):
+    """Beside neighbours that write what they read and read what they write, launched one by one or as a graph."""
+    rows, width, rounds = 600, 2048, 20
+    x, weight, dy = (tensor.detach() for tensor in draw((rows, width), torch.bfloat16, device, torch.float32))
+    _, _, rstd = _norm.launch_forward(x, None, weight, EPS, False, x.dtype)
+
+    def run(overlap):
+        launch = replace(_norm.backward_launch(width), overlap=overlap)
+        upstream, main_grad = torch.empty_like(dy), torch.empty_like(weight)
+        seen = []
+        for number in range(rounds):
+            torch.mul(dy, number, out=upstream)
+            main_grad.fill_(number)
+            dx, _, _ = _norm.launch_backward(upstream, None, x, weight, rstd, False, True, main_grad, None, launch)
+            seen += [main_grad.clone(), dx.clone()]
+            dx.fill_(torch.nan)
+        return seen
+
+    wanted, graph = run(False), torch.cuda.CUDAGraph()
+    if captured:
+        with torch.cuda.graph(graph):
+            found = run(True)
+        graph.replay()
+    else:
+        found = run(True)
+    for one, two in zip(found, wanted, strict=True):
+        assert torch.equal(one, two)
 
 
 @needs_gpu
