@@ -3,7 +3,7 @@
 Each part of a step of attention blocks and MLPs at MAD's widths in bfloat16, alone: matrix products, attention, gate,
 residual stream and optimizer. A line tells nanoseconds for a token of one block, what the bytes that the part has to
 move would take at this GPU's own copying speed, and how often that goes into the time. `--tune` times the launches of
-attention instead. Lines are printed, and all of them written as JSON, as they come.
+attention and of the MLP's kernels instead. Lines are printed, and all of them written as JSON, as they come.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from composer_megatron.env import environment
 from composer_megatron.files import write_json
 from composer_search.candidate import Widths, rotation
+from composer_search.population.kernels import mlp as mlp_kernels
 from composer_search.population.kernels.attention import form, tables
 from composer_search.population.kernels.attention_parts import Launch
 from composer_search.population.operations import Fused, Operations, Plain
@@ -32,8 +33,17 @@ WIDTHS = Widths()
 BATCH = 128
 BF16 = torch.bfloat16
 LENGTHS, TUNED_LENGTHS = (32, 128, 256), (32, 64, 128, 272, 512)
-TILES = [Launch(*each) for each in ((32, 1), (32, 2), (64, 2), (64, 4))]
+TILES = [Launch(*each) for each in ((32, 1), (32, 2), (64, 2), (64, 4), (64, 4, 128), (64, 4, 112))]
 """Of attention over sequences of several tiles, what comes near the fastest."""
+
+MLPS = [
+    mlp_kernels.Launch(*each)
+    for each in (
+        *((128, 32, 8, 3), (128, 32, 8, 3, 128), (128, 32, 8, 2, 128), (128, 32, 8, 1, 128), (128, 16, 8, 2, 128)),
+        *((64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 1), (64, 32, 4, 1, 160), (64, 32, 4, 1, 128), (64, 16, 4, 2)),
+    )
+]
+"""Of an MLP's kernels: what leaves room for two programs or more on a multiprocessor, and what does not."""
 
 Part = tuple[str, int, Callable[[], object]]
 """What it is called, the bytes that it has to move, and what does it."""
@@ -171,10 +181,27 @@ def launches(size: Size) -> Iterator[Part]:
         yield f"backward, {name}", 16 * hidden * size.tokens, backward
 
 
+def mlp_launches(size: Size) -> Iterator[Part]:
+    """Those of the MLP's two kernels, without the gradients of weights."""
+    hidden, inner = WIDTHS.hidden_size, WIDTHS.ffn_hidden_size
+    h, dy = size.draw(hidden), size.draw(hidden)
+    sides = (2 * inner, hidden), (hidden, inner)
+    up, down = (torch.randn(size.rows, *side, device="cuda", dtype=BF16) / side[1] ** 0.5 for side in sides)
+    forward, backward = mlp_kernels.FORWARD, mlp_kernels.BACKWARD
+    for launch in dict.fromkeys((*MLPS, forward, backward)):
+        name = ", ".join(f"{value} {key}" for key, value in launch._asdict().items() if value is not None)
+        mark = ["; the default" if launch == default else "" for default in (forward, backward)]
+        run = functools.partial(mlp_kernels.launch_forward, h, up, down, launch)
+        yield f"MLP forward, {name}{mark[0]}", 4 * hidden * size.tokens, run
+        moved = (6 * hidden + 6 * inner) * size.tokens
+        run_back = functools.partial(mlp_kernels.launch_backward, h, dy, up, down, launch)
+        yield f"MLP backward, {name}{mark[1]}", moved, run_back
+
+
 def main() -> None:
     """Run from the command line."""
     options = argparse.ArgumentParser(description="Time the parts of a population's training step.")
-    options.add_argument("--tune", action="store_true", help="time attention's launches instead")
+    options.add_argument("--tune", action="store_true", help="time launches of attention and the MLP instead")
     options.add_argument("--tokens", type=int, default=2**20, help="of all rows; few leave the GPU waiting for Python")
     options.add_argument("--output", type=Path, help="write all figures there as JSON")
     chosen = options.parse_args()
@@ -188,9 +215,10 @@ def main() -> None:
         "copy": speed,
         "parts": [],
     }
-    for length in TUNED_LENGTHS if chosen.tune else LENGTHS:
+    sources = [(mlp_launches, (128,)), (launches, TUNED_LENGTHS)] if chosen.tune else [(parts, LENGTHS)]
+    for source, length in [(source, length) for source, lengths in sources for length in lengths]:
         size = Size(max(2, chosen.tokens // (BATCH * length)), length)
-        for name, moved, call in (launches if chosen.tune else parts)(size):
+        for name, moved, call in source(size):
             figures["parts"].append(_timed(size, name, moved, call, speed))
             if chosen.output is not None:
                 write_json(chosen.output, figures)

@@ -42,10 +42,13 @@ def test_attention(architecture, length, width, dtype, precision, compile_ahead)
         back = [dtype, FP32, FP32, FP32, dtype, dtype, FP32, dtype, FP32, "i32:16", "i32:16", "fp32", "fp32"]
     for kernel, types in ((form._forward_kernel, both), (form._backward_kernel, back)):
         options = {"num_warps": launch.warps, "num_stages": 1}
+        limited = kernel is form._backward_kernel and launch.registers is not None
+        options |= {"maxnreg": launch.registers} if limited else {}
         found = compile_ahead(kernel, architecture, types, (*constants, precision), **options)
         measured = architecture == 90 and width == 8
-        # elsewhere ptxas may keep a few numbers in memory, so that one program more fits a multiprocessor
-        assert found["spilled_bytes"] <= (0 if measured else 32), kernel
+        # elsewhere ptxas may keep a few numbers in memory, so that one program more fits a multiprocessor; and where
+        # registers are limited, what is used once a tile of keys
+        assert found["spilled_bytes"] <= (256 if limited else 0 if measured else 32), kernel
 
 
 def test_the_others(compile_ahead):
@@ -57,8 +60,8 @@ def test_the_others(compile_ahead):
         (adamw._kernel, [FP32] * 5 + ["i32:16", "i32", "fp32"], (0.9, 0.999, adamw.BLOCK), warps),
         (cross_entropy._forward_kernel, [BF16, I64, FP32, FP32, "i32"], (-100, 16, 16, 256), warps),
         (cross_entropy._backward_kernel, [BF16, I64, FP32, FP32, BF16, "i32"], (-100, 16, 16, 256), warps),
-        (mlp._forward_kernel, [BF16] * 4 + ["i32:16"], (128, 352, mlp.TOKENS, mlp.CHUNK), {"num_warps": mlp.WARPS}),
-        (mlp._backward_kernel, [BF16] * 7 + ["i32:16"], (128, 352, mlp.TOKENS, mlp.CHUNK), {"num_warps": mlp.WARPS}),
+        (mlp._forward_kernel, [BF16] * 4 + ["i32:16"], (128, 352, *mlp.FORWARD[:2]), mlp.FORWARD.options),
+        (mlp._backward_kernel, [BF16] * 7 + ["i32:16"], (128, 352, *mlp.BACKWARD[:2]), mlp.BACKWARD.options),
     )
     for kernel, types, constants, options in kernels:
         assert compile_ahead(kernel, 90, types, constants, **options)["spilled_bytes"] == 0, kernel

@@ -19,6 +19,7 @@ from composer_search.population import Row, memory, model, plan
 from composer_search.population import product as product_module
 from composer_search.population.layout import ROW, Layout
 from composer_search.population.model import GroupedModel, Shape, stack_weights, unstack_weights
+from composer_search.population.operations import norm
 from composer_search.population.optimizer import AdamW, coefficients
 from composer_search.population.population import Population, _count
 from composer_search.population.replay import WARM_UP, Replay
@@ -126,11 +127,19 @@ def test_stacking_is_undone():
         assert all(torch.equal(state[name], value) for name, value in each.state_dict().items())
 
 
-def test_one_hot_tokens_look_up_the_same():
-    table = torch.randn(3, 11, 4, dtype=torch.float64)
-    tokens = torch.randint(11, (3, 20), generator=torch.Generator().manual_seed(0))
-    looked_up = torch.bmm(model._one_hot(tokens, 11, table.dtype), table)
-    assert torch.equal(looked_up, torch.stack([rows[own] for rows, own in zip(table, tokens, strict=True)]))
+def test_embeddings_are_looked_up_by_products_as_they_are_by_their_places():
+    """And so are their norms, and the gradients of both."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(3, 11, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    tokens = torch.randint(11, (3, 20), generator=generator)
+    x, h = model.look_up(tokens, table, torch.float64)
+    expected = torch.stack([rows[own] for rows, own in zip(table, tokens, strict=True)])
+    assert torch.equal(x, expected)
+    torch.testing.assert_close(h, norm(expected, torch.float64))
+    grads = torch.randn(2, *x.shape, generator=generator, dtype=torch.float64).unbind()
+    (found,) = torch.autograd.grad([x, h], table, grads)
+    (wanted,) = torch.autograd.grad([expected, norm(expected, torch.float64)], table, grads)
+    torch.testing.assert_close(found, wanted)
 
 
 @settings(max_examples=40, deadline=None)

@@ -105,8 +105,8 @@ class _Plain:
 
     @property
     def one_hot(self) -> int:
-        """The embedding's input, where that is a matrix product."""
-        return self.wide * self.vocab_size if self.vocab_size <= ONE_HOT_VOCABULARY else 0
+        """The inputs of the embedding and of its norm, where those are matrix products."""
+        return (self.wide + self.narrow) * self.vocab_size if self.vocab_size <= ONE_HOT_VOCABULARY else 0
 
     def kept(self) -> float:
         """What stays until the backward pass: the stream before each block, and what the blocks and the head keep."""

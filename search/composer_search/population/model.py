@@ -99,7 +99,7 @@ class GroupedModel:
         self.slices = {name: self._slices(name) for name in weights}
         device = next(iter(weights.values())).device
         self._rotations: dict[int, Tensor] = {}
-        self._start = _moves(layout.start, device)
+        self._start = None if layout.start is None else torch.tensor(layout.start, device=device)
         self._moves = [_moves(depth.order, device) for depth in layout.depths]
 
     def _slices(self, name: str) -> dict[int, Tensor]:
@@ -122,7 +122,7 @@ class GroupedModel:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The logits [rows, sequences · length, vocabulary] of tokens int64 [rows, sequences, length]."""
-        x, h = self.operations.residual(self._embed(tokens), [], [], self._start, self.shape.dtype)
+        x, h = self._embed(tokens)
         for depth, moves in zip(self.layout.depths, self._moves, strict=True):
             outs, biases = zip(*self._blocks(h, depth, tokens.shape[2]), strict=True)
             x, h = self.operations.residual(x, outs, biases, moves, self.shape.dtype)
@@ -131,14 +131,17 @@ class GroupedModel:
             h = norm(self._decode(x.unflatten(1, tokens.shape[1:]), own), self.shape.dtype)
         return self._linear(h, own, f"{ROW}.unembedding", gain=own[f"{ROW}.final_norm.weight"])
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream before the first depth, and the stream normalised, in that depth's order."""
         table = self.slices[f"{ROW}.embedding.weight"][0]
-        rows, vocab_size, _ = table.shape
-        flat = tokens.reshape(rows, -1)
+        if self._start is not None:
+            table, tokens = table.index_select(0, self._start), tokens.index_select(0, self._start)
+        flat, vocab_size = tokens.flatten(1), table.shape[1]
         if table.is_cuda and vocab_size <= ONE_HOT_VOCABULARY:
-            return torch.bmm(_one_hot(flat, vocab_size, table.dtype), table)
-        offsets = vocab_size * torch.arange(rows, device=flat.device)
-        return F.embedding(flat + offsets[:, None], table.flatten(0, 1))
+            return look_up(flat, table, self.shape.dtype)
+        offsets = vocab_size * torch.arange(len(table), device=flat.device)
+        x = F.embedding(flat + offsets[:, None], table.flatten(0, 1))
+        return self.operations.residual(x, [], [], (None, None), self.shape.dtype)
 
     def _blocks(self, h: Tensor, depth: Depth, length: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The output of each group's blocks for the normalised stream h, and the bias that is still to be added."""
@@ -177,9 +180,19 @@ class GroupedModel:
         return product(h, own[f"{name}.weight"], gain) + own[f"{name}.bias"][:, None].to(h.dtype)
 
 
-def _one_hot(tokens: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
-    """As `F.one_hot`, which would ask the GPU for the largest token."""
-    return (tokens[..., None] == torch.arange(vocab_size, device=tokens.device)).to(dtype)
+def look_up(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each row's embeddings [rows, tokens, hidden], and their norms in `dtype`, by matrix products.
+
+    The norms are looked up as well: those of the table's rows are fewer than those of the tokens.
+
+    Args:
+        tokens: [rows, tokens], int64.
+        table: [rows, vocabulary, hidden].
+        dtype: Of the norms.
+    """
+    # not F.one_hot, which would ask the GPU for the largest token
+    one_hot = tokens[..., None] == torch.arange(table.shape[1], device=tokens.device)
+    return torch.bmm(one_hot.to(table.dtype), table), torch.bmm(one_hot.to(dtype), norm(table, dtype))
 
 
 def _moves(order: tuple[int, ...] | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

@@ -47,6 +47,10 @@ from composer_search.population.kernels.attention_parts import (
 PREPARED_NUMBERS = 1024
 """Numbers of each part that are turned at once, PREPARED positions."""
 
+REGISTERS = 128
+"""Of a thread in the backward pass, for heads of 8 channels in 16 bits. Left alone it takes 163, of which a
+multiprocessor of an H100 holds three programs; so it holds four, and six numbers go to memory once a tile of keys."""
+
 
 @triton.jit
 def _tile(ptr: tl.tensor, position: tl.tensor, WIDE: tl.constexpr, COUNT: tl.constexpr) -> tl.tensor:
@@ -254,7 +258,9 @@ def head_bytes(length: int, width: int, dtype: torch.dtype) -> tuple[float, floa
 
 def default_launch(length: int, width: int, dtype: torch.dtype) -> Launch:
     """The fastest of those measured, for heads of 8 channels in 16 bits; a tile of fp32 has room for half of it."""
-    return Launch(64, 4) if dtype.itemsize == 2 else Launch(32, 2)
+    if dtype.itemsize > 2:
+        return Launch(32, 2)
+    return Launch(64, 4, REGISTERS if channels(width)["WIDE"] == 8 else None)
 
 
 def _constants(width: int, launch: Launch) -> dict[str, int]:
@@ -299,6 +305,6 @@ def backward(
     _backward_kernel[(sequences * heads,)](
         turned, cosine, sine, mixed, dmixed.contiguous(), sums, delta, scratch, djoint, dbias, length, padded,
         width**-0.5,
-        HEADS=heads, PRECISION=precision, **_constants(width, launch),
+        HEADS=heads, PRECISION=precision, maxnreg=launch.registers, **_constants(width, launch),
     )  # fmt: skip
     return djoint, dbias.sum(1)

@@ -10,13 +10,17 @@ A proxy's layers are so narrow that what lies between the products is most of th
 inside, forward reads and writes 4H bytes a token instead of 4H + 12F, and nothing of F is kept. Backward writes dg, du
 and a, 6F bytes, of which the weights' gradients are matrix products.
 
+A program waits for one product after the other, so that other programs have to fill its multiprocessor meanwhile. On an
+H100 the forward kernel's threads would take 167 registers, of which there is room for one program; limited to 128 they
+have all they need, and there are two.
+
 Legend: a program handles TOKENS tokens of a row and goes through the MLP's channels by CHUNK; `up` [rows, 2 · INNER,
 HIDDEN] holds Wg and Wu, `down` [rows, HIDDEN, INNER] is Wd.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,7 +29,23 @@ from torch import Tensor
 
 from composer_search.population.product import round_weight, weight_gradients
 
-TOKENS, CHUNK, WARPS = 128, 32, 8
+
+class Launch(NamedTuple):
+    """Of one kernel: TOKENS and CHUNK, warps, rounds loaded at once, and registers of a thread at most, if limited."""
+
+    tokens: int
+    chunk: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """As Triton calls them."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+
+
+FORWARD, BACKWARD = Launch(128, 32, 8, 3, 128), Launch(128, 32, 8, 3)
 
 
 @triton.jit
@@ -108,27 +128,31 @@ def _backward_kernel(
 
 def fits(dtype: torch.dtype, hidden: int, inner: int) -> bool:
     """Whether these kernels can: bf16, a power of two of channels that a tile can hold, whole chunks of the MLP's."""
-    return dtype == torch.bfloat16 and hidden in (16, 32, 64, 128) and inner % CHUNK == 0
+    chunks = all(inner % launch.chunk == 0 for launch in (FORWARD, BACKWARD))
+    return dtype == torch.bfloat16 and hidden in (16, 32, 64, 128) and chunks
 
 
-def launch_forward(h: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def launch_forward(h: Tensor, up: Tensor, down: Tensor, launch: Launch = FORWARD) -> Tensor:
     """The MLP of h [rows, tokens, hidden], given the rounded weights."""
     rows, tokens, hidden = h.shape
     y = torch.empty_like(h)
-    _forward_kernel[triton.cdiv(tokens, TOKENS), rows](
-        h, up, down, y, tokens, HIDDEN=hidden, INNER=down.shape[2], TOKENS=TOKENS, CHUNK=CHUNK, num_warps=WARPS
-    )
+    _forward_kernel[triton.cdiv(tokens, launch.tokens), rows](
+        h, up, down, y, tokens,
+        HIDDEN=hidden, INNER=down.shape[2], TOKENS=launch.tokens, CHUNK=launch.chunk, **launch.options,
+    )  # fmt: skip
     return y
 
 
-def launch_backward(h: Tensor, dy: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def launch_backward(
+    h: Tensor, dy: Tensor, up: Tensor, down: Tensor, launch: Launch = BACKWARD
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of h and of [g | u], and a."""
     rows, tokens, hidden = h.shape
     inner = down.shape[2]
     dh, dup, a = torch.empty_like(h), h.new_empty(rows, tokens, 2 * inner), h.new_empty(rows, tokens, inner)
-    _backward_kernel[triton.cdiv(tokens, TOKENS), rows](
+    _backward_kernel[triton.cdiv(tokens, launch.tokens), rows](
         h, dy, up, down, dh, dup, a, tokens,
-        HIDDEN=hidden, INNER=inner, TOKENS=TOKENS, CHUNK=CHUNK, num_warps=WARPS,
+        HIDDEN=hidden, INNER=inner, TOKENS=launch.tokens, CHUNK=launch.chunk, **launch.options,
     )  # fmt: skip
     return dh, dup, a
 
