@@ -5,7 +5,7 @@
 A contender is a model on a backend, in a process of its own (`training_worker`). For each workload all contenders take
 turns in rounds, so that a change of clocks meets all of them, and the median of all steps counts. One that runs out of
 memory tries smaller micro-batches; one that fails gets a row that says why. Rows are printed and written to the file as
-they come; those still to come say "not reached". A budget of seconds costs rounds, and at last breakdowns, but no row.
+they come; those still to come say "not reached". A budget of seconds costs rounds, but no row and no breakdown.
 
 A step is what a data-parallel rank of Megatron-core does: micro-batches with fp32 gradient accumulation, clipping,
 AdamW on fp32 masters of bf16 weights. A rank's share of half a million tokens over eight GPUs is 65,536 tokens, the
@@ -85,6 +85,7 @@ class Case:
             return False
         self.sizes[contender.name] = size = size.halved()
         self.answers[contender.name].clear()
+        self.profiles.pop(contender.name, None)
         print(f"  {contender.name}: {OUT_OF_MEMORY}; again with {size.micro_batch} x {size.seq_len}", flush=True)
         self._ask_to_prepare(contender)
         return True
@@ -97,32 +98,29 @@ class Case:
         """Those that have not failed."""
         return [each for each in self.contenders if each.name not in self.notes]
 
-    def round(self, warmup: int, steps: int) -> Iterator[Contender]:
-        """Let each contender run some steps; yields it when it has."""
+    def round(self, warmup: int, steps: int, *, profile: bool = False) -> Iterator[Contender]:
+        """Let each contender run some steps, and perhaps say where the time of one more goes; yields it when it has."""
+        command = {"do": "measure", "warmup": warmup, "steps": steps, "profile": profile}
         for each in self.running():
-            each.send(do="measure", warmup=warmup, steps=steps)
+            each.send(**command)
             answer = each.receive()
             while answer.get("note") == OUT_OF_MEMORY and self._make_smaller(each):
                 answer = each.receive()
                 if "note" not in answer:
-                    each.send(do="measure", warmup=warmup, steps=steps)
+                    each.send(**command)
                     answer = each.receive()
             if "note" in answer:
                 self._fail(each, answer["note"])
             else:
+                self._keep_profile(each, answer.pop("profile", {}))
                 self.answers[each.name].append(answer)
             yield each
 
-    def profile(self) -> Iterator[Contender]:
-        """Ask each contender where its time goes."""
-        for each in self.running():
-            each.send(do="profile")
-            answer = each.receive()
-            if "note" in answer:
-                print(f"  no breakdown of {each.name}: {answer['note']}", flush=True)
-            else:
-                self.profiles[each.name] = answer
-            yield each
+    def _keep_profile(self, contender: Contender, profile: dict[str, Any]) -> None:
+        if "note" in profile:
+            print(f"  no breakdown of {contender.name}: {profile['note']}", flush=True)
+        elif profile:
+            self.profiles[contender.name] = profile
 
     def row(self, contender: Contender) -> dict[str, Any]:
         """Everything known about a contender, as JSON values."""
@@ -135,7 +133,7 @@ class Case:
         if answers:
             size = self.sizes[contender.name]
             row |= self._figures(architecture, size, answers)
-            row |= self._parts(architecture, size, self.profiles.get(contender.name), row["median_seconds"])
+            row |= self._parts(architecture, size, self.profiles.get(contender.name, {}))
         return row
 
     def _figures(self, architecture: Architecture, size: Workload, answers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -157,17 +155,10 @@ class Case:
             "loss": answers[-1]["loss"],
         }
 
-    def _parts(
-        self, architecture: Architecture, size: Workload, profile: dict[str, Any] | None, median: float
-    ) -> dict[str, Any]:
-        parts: dict[str, Any] = {}
-        if self.ceilings["gemm"]:
-            parts["ideal"] = ideal_seconds(architecture, size.seq_len, size.tokens, self.ceilings)
-        if profile and profile["breakdown"]:
-            idle = max(0.0, median - profile["busy"])
-            parts["breakdown"] = profile["breakdown"] | {"idle": idle}
-            parts["launches"], parts["kernels"] = profile["launches"], profile["kernels"]
-        return parts
+    def _parts(self, architecture: Architecture, size: Workload, profile: dict[str, Any]) -> dict[str, Any]:
+        if not self.ceilings["gemm"]:
+            return profile
+        return {"ideal": ideal_seconds(architecture, size.seq_len, size.tokens, self.ceilings)} | profile
 
 
 def empty_row(model: str, architecture: Architecture, backend: str, size: Workload) -> dict[str, Any]:
@@ -287,21 +278,16 @@ def run_heat(
     case.prepare()
     seconds = 0.0  # of a round
     for number in range(options.rounds):
-        profiling = 0.0 if options.no_profile else seconds
-        if number > 0 and not budget.allows(seconds + profiling):
+        if number > 0 and not budget.allows(seconds):
             print(f"  {number} of {options.rounds} rounds: the budget is {budget.seconds:.0f} s", flush=True)
             break
-        start = budget.spent()
-        for contender in case.round(options.warmup, options.steps):
+        start, profile = budget.spent(), number == 0 and not options.no_profile
+        for contender in case.round(options.warmup, options.steps, profile=profile):
             report.put(case.row(contender))
-        seconds = budget.spent() - start
+        steps = options.warmup + options.steps
+        seconds = (budget.spent() - start) * steps / (steps + profile)
         if number == 0:
             report.show(heat)
-    if not options.no_profile and budget.spent() < budget.seconds:
-        for contender in case.profile():
-            report.put(case.row(contender))
-    elif not options.no_profile:
-        print(f"  no breakdown: the budget of {budget.seconds:.0f} s is spent", flush=True)
     for contender in case.contenders:
         report.put(case.row(contender))
     report.show(heat)
@@ -327,7 +313,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--backends",
         nargs="+",
-        help=f"of {' '.join(BACKENDS)} compile-bf16 (default: the first four); parts as in composer+loss=linear",
+        help=f"of {' '.join(BACKENDS)} compile-bf16 (default: the first four); parts as in composer+loss=linear, a "
+        "single model as in compile:llama",
     )
     parser.add_argument("--stack", default=STACKED, help=f"the sequence that is stacked (default: {STACKED})")
     parser.add_argument("--stretch", default=STRETCHED, help=f"the one that is stretched (default: {STRETCHED})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -54,21 +55,22 @@ def kernels_of(events: Iterable[Any]) -> tuple[list[Kernel], list[Kernel]]:
 
 
 def breakdown(kernels: Sequence[Kernel], optimizer: Sequence[Kernel] = (), most: int = 25) -> dict[str, Any]:
-    """Seconds of a step by kind, how long the GPU was busy at all, and its longest kernels.
+    """Seconds of a step by kind, its longest kernels, and between which kernels none ran for longest.
 
     A kernel in a span of `optimizer` is the optimizer's; the profiler ends a span with the last kernel that PyTorch
     launched in it, so that names must tell what ours do after that. Between two markers lies the loss head, whose
-    kernels are the loss's unless they are matrix products. What no name explains is element-wise.
+    kernels are the loss's unless they are matrix products. What no name explains is element-wise. ``idle`` is the time
+    in which no kernel ran, from the first one's start to the last one's end.
 
     Args:
         kernels: In order.
         optimizer: Spans.
-        most: How many kernels to list.
+        most: How many kernels to list, and how many pairs.
     """
     seconds: dict[str, float] = defaultdict(float)
     by_name: dict[tuple[str, str], float] = defaultdict(float)
     calls: Counter[str] = Counter()
-    in_head, busy, until = False, 0.0, float("-inf")
+    in_head = False
     for kernel in kernels:
         if _MARKER in kernel.name:
             in_head = not in_head
@@ -77,13 +79,30 @@ def breakdown(kernels: Sequence[Kernel], optimizer: Sequence[Kernel] = (), most:
         seconds[kind] += kernel.end - kernel.start
         by_name[kind, kernel.name] += kernel.end - kernel.start
         calls[kernel.name] += 1
-        busy += max(0.0, kernel.end - max(kernel.start, until))
-        until = max(until, kernel.end)
     longest = [
         {"kind": kind, "name": name[:120], "calls": calls[name], "seconds": took}
         for (kind, name), took in sorted(by_name.items(), key=lambda item: -item[1])[:most]
     ]
-    return {"breakdown": dict(seconds), "busy": busy, "kernels": longest, "launches": sum(calls.values())}
+    waits = _waits(kernels)
+    return {
+        "breakdown": dict(seconds) | {"idle": sum(wait["seconds"] for wait in waits)},
+        "kernels": longest,
+        "waits": waits[:most],
+        "launches": sum(calls.values()),
+    }
+
+
+def _waits(kernels: Sequence[Kernel]) -> list[dict[str, Any]]:
+    """How long no kernel ran, after which and before which, the longest first."""
+    waited: dict[tuple[str, str], list[float]] = defaultdict(list)
+    until = itertools.accumulate(kernels, lambda one, other: max(one, other, key=lambda kernel: kernel.end))
+    for last, kernel in zip(until, kernels[1:], strict=False):
+        if kernel.start > last.end:
+            waited[last.name, kernel.name].append(kernel.start - last.end)
+    return [
+        {"after": after[:120], "before": before[:120], "times": len(times), "seconds": sum(times)}
+        for (after, before), times in sorted(waited.items(), key=lambda item: -sum(item[1]))
+    ]
 
 
 def _kind(kernel: Kernel, optimizer: Sequence[Kernel], *, in_head: bool) -> str:

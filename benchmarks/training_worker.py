@@ -1,9 +1,9 @@
 """One contender of `bench_training.py` in a process of its own: trains a model when told to, and gives its memory back.
 
-Reads a JSON object a line from standard input and answers each with one: ``prepare`` for a workload, ``measure``,
-``profile``. Between commands the contender holds next to nothing on the GPU, so that many can take turns on one: its
-tensors' memory is freed, and drawn anew before the next turn (`_Memory`). What can be done side by side (imports,
-compilation) is; what needs the GPU takes a lock.
+Reads a JSON object a line from standard input and answers each with one: ``prepare`` for a workload, ``measure``.
+Between commands the contender holds next to nothing on the GPU, so that many can take turns on one: its tensors' memory
+is freed, and drawn anew before the next turn (`_Memory`). What can be done side by side (imports, compilation) is; what
+needs the GPU takes a lock.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -171,8 +172,14 @@ class Worker:
         if self.memory is not None:
             self.memory.free()
 
-    def measure(self, warmup: int, steps: int) -> dict[str, Any]:
-        """Seconds of each of so many steps, after others that do not count; the peak of the memory allocated."""
+    def measure(self, warmup: int, steps: int, profile: bool = False) -> dict[str, Any]:
+        """Seconds of each of so many steps, after others that do not count; the peak of the memory allocated.
+
+        Args:
+            warmup: Steps that do not count.
+            steps: Steps that do.
+            profile: Whether to say, too, where the GPU's time of one more step goes.
+        """
         try:
             self.memory.restore()
             for _ in range(warmup):
@@ -183,9 +190,10 @@ class Worker:
             seconds, loss = self._timed(steps)
             peak = torch.cuda.max_memory_allocated() if self.has_gpu else None
             reserved = torch.cuda.max_memory_reserved() if self.has_gpu else None
+            parts = {"profile": self._profile()} if profile and self.has_gpu else {}
         finally:
             self.rest()
-        return {"seconds": seconds, "peak_bytes": peak, "reserved_bytes": reserved, "loss": loss}
+        return {"seconds": seconds, "peak_bytes": peak, "reserved_bytes": reserved, "loss": loss} | parts
 
     def _timed(self, steps: int) -> tuple[list[float], float]:
         """From the end of a step to the end of the next: the host runs ahead of the GPU as in training."""
@@ -204,23 +212,19 @@ class Worker:
         torch.cuda.synchronize()
         return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)], float(loss)
 
-    def profile(self) -> dict[str, Any]:
-        """Where the GPU's time of one step goes."""
-        if not self.has_gpu:
-            return {"breakdown": {}, "kernels": []}
+    def _profile(self) -> dict[str, Any]:
+        """A step as warm as those that were timed; a note where the profiler fails, which costs no figure."""
         from torch.profiler import ProfilerActivity, profile
 
         try:
-            self.memory.restore()
-            with mark_loss_head(getattr(self.trainer, "model", None)):
+            marks = mark_loss_head(getattr(self.trainer, "model", None))
+            with marks, profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
                 self.trainer.step(self.micro_batches)
                 torch.cuda.synchronize()
-                with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-                    self.trainer.step(self.micro_batches)
-                    torch.cuda.synchronize()
             return breakdown(*kernels_of(profiler.events()))
-        finally:
-            self.rest()
+        except Exception as error:
+            traceback.print_exc()
+            return {"note": _note(error)}
 
 
 def _ceilings() -> dict[str, Any]:
@@ -243,15 +247,12 @@ def _serve(worker: Worker, commands: Iterable[str], answer: Callable[[dict[str, 
     known: dict[str, Callable[..., dict[str, Any]]] = {
         "prepare": worker.prepare,
         "measure": worker.measure,
-        "profile": worker.profile,
     }
     for line in commands:
         command = json.loads(line)
         try:
             found = known[command.pop("do")](**command)
         except Exception as error:  # the reason goes into the row; the others go on
-            import traceback
-
             traceback.print_exc()
             found = {"note": _note(error)}
         if "note" in found:

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -193,6 +194,9 @@ def _te() -> Backend:
 
     from composer_megatron.layers import fused_rope, wgrad
 
+    # TransformerEngine 2.20 gives FlashAttention 4 the window (-1, 0) for causal attention, and FlashAttention 4.0.0b36
+    # takes it for a window without keys; cuDNN or another FlashAttention plays instead, unless the user has set it.
+    os.environ.setdefault("NVTE_FLASH_ATTN_V4", "0")
     apex = wgrad.apex_is_there()
     return dataclasses.replace(
         _local(),
@@ -246,16 +250,29 @@ def get_backend(name: str | None = None, parts: Mapping[str, str] = MappingProxy
         UsageError: If there is no such backend or part, with those that there are.
         ComposerError: If a backend needs a package that is missing.
     """
-    backend = _row(default_backend() if name is None else name)
+    name = default_backend() if name is None else name
+    check_names(name, parts)
+    backend = BACKENDS[name]()
     if not parts:
         return backend
     changes: dict[str, Any] = {}
     for part, player in parts.items():
-        _known("backend part", part, PARTS)
         special = (part, player) in _SPECIAL
-        changes[part] = _special(part, player) if special else getattr(_row(player), part)
+        changes[part] = _special(part, player) if special else getattr(BACKENDS[player](), part)
     mixed = "+".join((backend.name, *(f"{part}={player}" for part, player in parts.items())))
     return dataclasses.replace(backend, name=mixed, **changes)
+
+
+def check_names(name: str, parts: Mapping[str, str]) -> None:
+    """Check what `get_backend` is asked for, before anything is imported for it.
+
+    Raises:
+        UsageError: As `get_backend`.
+    """
+    _known("backend", name, tuple(BACKENDS))
+    for part, player in parts.items():
+        _known("backend part", part, PARTS)
+        _known(f"player of {part}", player, (*BACKENDS, *(each for of, each in _SPECIAL if of == part)))
 
 
 def _special(part: str, player: str) -> Part[Any]:
@@ -266,7 +283,7 @@ def _special(part: str, player: str) -> Part[Any]:
         return _within_products()
     if part == "linear":
         return _eight_bits(wgrad=player == "fp8-wgrad")
-    rope = _row("composer").rope
+    rope = BACKENDS["composer"]().rope
     return rope if player == "qkv" else Part(rope.says.removesuffix(_AT_ONCE), rope.use._replace(joined=False))
 
 
@@ -287,11 +304,6 @@ def _eight_bits(*, wgrad: bool) -> Part[Linears]:
         return Part("fp8, weight gradients too", Linears(pair.Column, pair.Row, fp8_mlp.Fp8MLP))
     plain = Linears(fp8.Fp8ColumnParallelLinear, fp8.Fp8RowParallelLinear, fp8_mlp.Fp8MLP)
     return Part("fp8, weight gradients not", plain)
-
-
-def _row(name: str) -> Backend:
-    _known("backend", name, tuple(BACKENDS))
-    return BACKENDS[name]()
 
 
 def _known(what: str, name: str, known: tuple[str, ...]) -> None:

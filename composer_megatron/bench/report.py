@@ -24,8 +24,12 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 OURS, PEER = "composer", "compile"
 """The backend of the headline, and what it is measured against."""
 
-EIGHT, _PAIR = "composer+linear=fp8", ("stacked", "llama")
-"""The headline's backend with 8-bit products, and whose figures are shown."""
+VARIANTS = {
+    "composer+activation=quack": "with SwiGLU within the products (`activation=quack`)",
+    "composer+linear=fp8": "with products in 8 bits (`linear=fp8`)",
+    "composer+linear=fp8-wgrad": "with weight gradients in 8 bits, too (`linear=fp8-wgrad`)",
+}
+"""The headline's backend with parts of others, and what that is."""
 
 Row = dict[str, Any]
 
@@ -213,27 +217,46 @@ def _training_lines(results: Results, gpu: str) -> list[str]:
     ours = OURS if OURS in backends else min(backends, default=None)
     lines = []
     for shape, length in sorted({(row["shape"], row["seq_len"]) for row in rows if row["model"] == "llama"}):
-        llama = rate(rows, backend=ours, shape=shape, seq_len=length, model="llama")
-        stacked = rate(rows, backend=ours, shape=shape, seq_len=length, model="stacked")
-        if llama is None or stacked is None:
+        cell = [row for row in rows if (row["shape"], row["seq_len"]) == (shape, length)]
+        pair = _pair(cell, ours)
+        if pair is None:
             continue
+        stacked, llama = pair
         gain = stacked["tokens_per_second"] / llama["tokens_per_second"]
         line = f"training {shape} at {length:,} tokens: {_thousands(stacked)} with the Composite, {_thousands(llama)} "
-        rates = " and ".join(f"{row['tflops']:.0f}{_mfu(row)}" for row in (stacked, llama))
+        rates = " and ".join(f"{row['tflops']:.0f}{_mfu(row)}" for row in pair)
         line += f"with Llama (x{gain:.3f}), {rates} TFLOP/s"
-        peer = rate(rows, backend=PEER, shape=shape, seq_len=length, model="llama")
+        peer = rate(cell, backend=PEER, model="llama", source=stacked["source"])
         if peer is not None and ours != PEER:
-            line += f"; torch.compile's Llama {_thousands(peer)}"
+            beside = stacked["tokens_per_second"] / peer["tokens_per_second"]
+            line += f"; torch.compile's Llama {_thousands(peer)} (the Composite x{beside:.3f})"
         lines.append(f"{line}, backend {ours}")
-        eight = {model: rate(rows, backend=EIGHT, shape=shape, seq_len=length, model=model) for model in _PAIR}
-        if ours == OURS and all(eight.values()):
-            gains = " and ".join(
-                f"{_thousands(fast)} (x{fast['tokens_per_second'] / row['tokens_per_second']:.3f})"
-                for fast, row in zip(eight.values(), (stacked, llama), strict=True)
-                if fast is not None
-            )
-            lines.append(f"the same with products in 8 bits (`linear=fp8`): {gains}")
+        if ours == OURS:
+            lines += [said for name in VARIANTS if (said := _variant(cell, name)) is not None]
     return lines
+
+
+def _pair(rows: Sequence[Row], backend: str | None) -> tuple[Row, Row] | None:
+    """The fastest Composite on a backend and the Llama of the same file; None where no file has both."""
+    found = []
+    for source in {id(row["source"]): row["source"] for row in rows}.values():
+        stacked, llama = (rate(rows, backend=backend, model=name, source=source) for name in ("stacked", "llama"))
+        if stacked is not None and llama is not None:
+            found.append((stacked, llama))
+    return max(found, key=lambda pair: float(pair[0]["tokens_per_second"]), default=None)
+
+
+def _variant(rows: Sequence[Row], backend: str) -> str | None:
+    """What a pair on another backend reaches, and how much that is over ours in the same file, if that has ours."""
+    pair = _pair(rows, backend)
+    if pair is None:
+        return None
+    said = []
+    for row in pair:
+        plain = rate(rows, backend=OURS, model=row["model"], source=row["source"])
+        gain = "" if plain is None else f" (x{row['tokens_per_second'] / plain['tokens_per_second']:.3f})"
+        said.append(f"{_thousands(row)}{gain}")
+    return f"the same {VARIANTS[backend]}: {' and '.join(said)}"
 
 
 def _thousands(row: Row) -> str:

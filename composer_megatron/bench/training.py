@@ -29,7 +29,7 @@ class TrainingBenchmark:
         lengths: Tokens in a sequence.
         step_tokens: Tokens of a step.
         quick: Two models on two backends at one length.
-        budget: Seconds, for which rounds are left out, and at last breakdowns, but no rows.
+        budget: Seconds, for which rounds are left out, but no rows.
     """
 
     shapes: tuple[str, ...] = ()

@@ -31,7 +31,7 @@ def bench_training(
         lengths: Tokens in a sequence; 4096, 8192, 32768, 16384 and 2048 by default.
         step_tokens: Tokens of a step; 65,536 by default, eight GPUs' share of half a million.
         quick: Llama and stacked, composer and compile, 4096 tokens.
-        budget: Seconds, for which rounds are left out, and at last breakdowns, but no rows.
+        budget: Seconds, for which rounds are left out, but no rows.
         output: The JSON file; by default runs/bench/DEVICE/training.json.
         json: Print one JSON object for programs at the end.
     """

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 import sys
 from types import SimpleNamespace
 
@@ -266,7 +267,9 @@ class TestTransformerEngine:
         """Megatron defines them without it, too; building one would fail."""
         te = pytest.importorskip("megatron.core.extensions.transformer_engine")
         monkeypatch.setattr(backends, "require", lambda *_: None)
+        monkeypatch.delenv("NVTE_FLASH_ATTN_V4", raising=False)
         row = BACKENDS["te"].__wrapped__()
+        assert os.environ.pop("NVTE_FLASH_ATTN_V4") == "0"
         assert row.quantises()
         assert backend_flags(row)["--transformer-impl"] == "transformer_engine"
         spec = stack_spec(row)
@@ -310,7 +313,8 @@ def test_a_report_says_who_plays_every_part(name):
     [
         ("locl", {}, r"unknown backend 'locl': did you mean 'local'\? known: composer, local, te"),
         ("local", {"attn": "local"}, r"unknown backend part 'attn'.*known: norm, attention, linear"),
-        ("local", {"norm": "linear"}, r"unknown backend 'linear'"),
+        ("local", {"norm": "linear"}, r"unknown player of norm 'linear': known: composer, local, te"),
+        ("local", {"linear": "fp9"}, r"unknown player of linear 'fp9': did you mean 'fp8'\? known: .*, fp8-wgrad$"),
     ],
 )
 def test_what_is_unknown_is_named_with_what_there_is(name, parts, message):

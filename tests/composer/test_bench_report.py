@@ -98,7 +98,7 @@ def test_headline_figures_follow_from_the_files(folder: Path) -> None:
         "**NVIDIA H100** (torch 2.11.0, triton 3.6.0, megatron-core 0.19.2; 2026-11-23)",
         "training 1b at 4,096 tokens: 72.6k tokens/s with the Composite, 66.0k tokens/s with Llama (x1.100), ",
         " and 500 (MFU 50.6%) TFLOP/s",
-        "torch.compile's Llama 59.0k tokens/s, backend composer",
+        "torch.compile's Llama 59.0k tokens/s (the Composite x1.231), backend composer",
         "x1.200",
         "decoding 1b, batch 1, 512 tokens of context: llama 1.10 ms, stacked 1.00 ms a token",
         "x1.10 to x1.10 as fast",
@@ -209,3 +209,24 @@ def test_products_in_8_bits_stand_below_the_backend_that_they_belong_to(folder: 
     assert "the same with products in 8 bits (`linear=fp8`): 90.8k tokens/s (x1.250) and 82.5k tokens/s (x1.250)" in (
         headline(read_results(folder))
     )
+
+
+def test_bars_are_as_wide_as_the_page(folder: Path) -> None:
+    """A drawing without a width is 300 pixels wide in every browser."""
+    page = build_page(measured(read_results(folder)))
+    bars = re.findall(r'<svg[^>]*class="strip"[^>]*>', page)
+    assert len(bars) == 10  # each of five rows, and its ceilings
+    assert all('style="width:100%"' in bar for bar in bars)
+
+
+def test_ratios_of_the_headline_are_of_one_file(folder: Path) -> None:
+    """Clocks differ between runs, and so may the size of the micro-batches."""
+    rows = [
+        training_row("llama", "composer", 4096, 99_000.0),  # alone in its file
+        training_row("stacked", "composer+activation=quack", 4096, 75_000.0),
+        training_row("llama", "composer+activation=quack", 4096, 70_000.0),
+    ]
+    (folder / "nvidia-h100/training-2.json").write_text(json.dumps({"gpu": "NVIDIA H100", "rows": rows}))
+    text = headline(read_results(folder))
+    assert "72.6k tokens/s with the Composite, 66.0k tokens/s with Llama (x1.100)" in text
+    assert "within the products (`activation=quack`): 75.0k tokens/s and 70.0k tokens/s (x0.707)\n" in text

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from composer_megatron.architecture import Architecture
-from composer_megatron.errors import UsageError
+from composer_megatron.errors import ComposerError, UsageError
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS
 
@@ -115,11 +115,41 @@ def test_kernels_are_counted_once_and_by_kind(load) -> None:
     ]
     found = module.breakdown(kernels, [kernel("optimizer", 8.5, 9.75)])
     assert found["breakdown"] == pytest.approx(
-        {"gemm": 4.5, "elementwise": 0.75, "attention": 1.0, "loss": 0.75, "optimizer": 0.75, "copies": 0.5}
+        {
+            "gemm": 4.5,
+            "elementwise": 0.75,
+            "attention": 1.0,
+            "loss": 0.75,
+            "optimizer": 0.75,
+            "copies": 0.5,
+            "idle": 3.05,
+        }
     )
-    assert found["busy"] == pytest.approx(3.5 + 2.5 + 0.75 + 0.5 + 0.5 + 0.25)
+    longest = {"after": "overlapping_gemm", "before": "vectorized_elementwise_kernel", "times": 1, "seconds": 1.25}
+    assert found["waits"][0] == longest
     assert found["launches"] == 11
     assert found["kernels"][0]["kind"] == "gemm"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x64_1x4x1_cga1x1x1", "attention"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true, 64>(void const*)", "attention"),
+        ("void cudnn::fusion::convert_dq_to_16bits<true>(void const*)", "attention"),
+        ("kernel_cutlass_kernel_flash_attncuteflash_bwd_sm90FlashAttentionBackwardSm90_object_at", "attention"),
+        ("kernel_cutlass_kernel_quackgemm_sm90GemmSm90_object_at", "gemm"),
+        ("nvjet_sm90_qqtst_128x128_128x6_1x2_h_bz_ovscale_TNT", "gemm"),
+        ("void transformer_engine::dgated_act_kernel<16, true, float>", "elementwise"),
+        ("triton_red_fused__log_softmax__to_copy_prepare_softmax_online_8", "loss"),
+        ("triton_red_fused_copy__exp_sub_sum_unsqueeze_2", "elementwise"),  # Megatron's loss, which the markers tell
+    ],
+)
+def test_kernels_that_a_gpu_showed_are_known_by_name(load, name: str, kind: str) -> None:
+    module = load("breakdown")
+    kernel = module.Kernel(name, 0.0, 1.0)
+    assert module._kind(kernel, [], in_head=False) == kind
+    assert module._kind(kernel, [], in_head=True) == ("loss" if kind == "elementwise" else kind)
 
 
 def test_profiler_events_become_kernels(load) -> None:
@@ -224,6 +254,46 @@ def test_contenders_take_turns_and_failures_have_rows(load, tmp_path: Path) -> N
     assert "backend te needs" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "said", "status"),
+    [
+        (
+            "--backends composer+linear=fp9",
+            "composer.linear=fp9: unknown player of linear 'fp9': did you mean 'fp8'",
+            2,
+        ),
+        ("--backends composer+linear", "composer.linear: expected NAME or NAME.PART=PLAYER", 2),
+        (
+            "--backends compiled",
+            "compiled: unknown backend 'compiled': .*; plain PyTorch is compile or compile-bf16",
+            2,
+        ),
+        ("--backends compile:gpt --models llama", "compile:gpt: after the colon expected one of llama", 2),
+        ("--models gpt", "'gpt': expected llama, stacked, stretched, matched", 2),
+        ("--shapes 2b", "unknown shape '2b': .*presets: 350m, 1b", 2),
+        ("--lengths 4096 0", "--lengths 0: expected 1 or more", 2),
+        ("--steps 0", "--steps 0: expected 1 or more", 2),
+        ("--quick", "no GPU was found, and 1b has 1,... M weights; --shapes tiny", 1),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_a_line(
+    load, monkeypatch, capsys, options: str, said: str, status: int
+) -> None:
+    bench = load("bench_training")
+    monkeypatch.setattr(bench, "Contender", None)  # none is started
+    with pytest.raises(ComposerError, match=said) as caught:
+        bench.run(bench.parse(options.split()))
+    assert caught.value.exit_code == status
+    assert "\n" not in str(caught.value)
+
+
+def test_a_backend_can_be_asked_for_one_model(load) -> None:
+    bench = load("bench_training")
+    given = "--shapes tiny --models llama stacked --backends composer compile:llama --lengths 16"
+    (heat,) = bench.heats(bench.parse(given.split()))
+    assert heat.pairs == (("llama", "composer"), ("stacked", "composer"), ("llama", "compile"))
+
+
 def test_a_worker_that_dies_is_reported_and_replaced(load, tmp_path: Path) -> None:
     bench = load("bench_training")
     llama = Architecture(CompositeSequence("AM"), TINY)
@@ -253,7 +323,7 @@ def test_a_budget_costs_rounds_and_never_a_row(load, monkeypatch) -> None:
     budget.next()
     assert not budget.allows(0.1)
     options = bench.parse(["--models", "llama", "stacked", "--backends", "composer", "compile", "--together", "2"])
-    options.shapes, options.lengths = ["1b"], [8192, 32_768]
+    options.shapes, options.lengths = ["tiny"], [8192, 32_768]
     found = [(heat.seq_len, [backend for _, backend in heat.pairs]) for heat in bench.heats(options)]
     assert found == [
         (8192, ["composer"] * 2),

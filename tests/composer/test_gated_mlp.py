@@ -2,6 +2,10 @@
 
 import dataclasses
 import importlib.util
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +131,69 @@ def test_on_a_cpu_the_kernel_of_its_own_plays(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(backends, "require", lambda *_: None)
     wanted, got = (gradients(parts, buffers=False) for parts in ({}, {"activation": "quack"}))
     assert all(torch.equal(got[name], value) for name, value in wanted.items())
+
+
+def turned(matrix: torch.Tensor, order: Any) -> torch.Tensor:
+    """A matrix with `order` applied along the axis in which its elements do not lie side by side, as quack has it."""
+    return order(matrix) if matrix.stride(1) == 1 else order(matrix.t()).t()
+
+
+@pytest.fixture
+def quack(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any] | None]]:
+    """A package quack in PyTorch with its meaning of layouts; gives the configurations it is called with."""
+    configs: list[dict[str, Any] | None] = []
+
+    def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, config: Any, **options: Any) -> None:
+        configs.append(config)
+        b = turned(b, alternating) if "B" in options["concat_layout"] else b
+        result = apart(a @ b) if "out" in options["concat_layout"] else a @ b
+        out.copy_(out + result if options.get("add_to_output") else result)
+
+    def gated(x: torch.Tensor, b: torch.Tensor, *, config: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        assert (options["activation"], options["tuned"], options["concat_layout"]) == ("swiglu", False, ("B",))
+        configs.append(config)
+        halves = x @ turned(b, alternating)
+        return halves, F.silu(halves[:, ::2]) * halves[:, 1::2]
+
+    def dgated(
+        dy: torch.Tensor, b: torch.Tensor, halves: torch.Tensor, *, config: Any, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert options == {"activation": "swiglu", "tuned": False, "dynamic_scheduler": False}
+        configs.append(config)
+        return through(dy, b, halves)
+
+    interface = SimpleNamespace(gemm_gated=gated, gemm_dgated=dgated, gemm_tuned=SimpleNamespace(fn=multiply))
+    monkeypatch.setitem(sys.modules, "quack.gemm_interface", interface)
+    monkeypatch.setitem(sys.modules, "quack.gemm_config", SimpleNamespace(GemmConfig=dict))
+    gated_mlp._hopper.cache_clear()
+    yield configs
+    gated_mlp._hopper.cache_clear()
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
+def test_quack_is_given_layouts_and_on_hopper_what_was_measured(
+    quack: list[dict[str, Any] | None], monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    x, first, second, dy = (torch.randn(*size) for size in ((6, 8), (20, 8), (8, 10), (6, 8)))
+    halves, activation = gated_mlp._gate(x, first)
+    dhalves, again = gated_mlp._through(dy, second, halves)
+    buffer = torch.ones(20, 8)
+    gated_mlp._accumulate(dhalves, x, buffer)
+    found = [gated_mlp._to_input(dhalves, first), gated_mlp._gradient(dhalves, x), buffer - 1]
+    inputs = [x.requires_grad_(), first.requires_grad_()]
+    gate_half, up_half = (inputs[0] @ inputs[1].t()).chunk(2, dim=1)
+    whole = F.silu(gate_half) * up_half
+    dx, dfirst = torch.autograd.grad(whole, inputs, dy @ second)
+    for one, other in zip((activation, again, *found), (whole, whole, dx, dfirst, dfirst), strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=1e-4, atol=1e-5)  # fp32 sums in another order
+    if capability == (10, 0):
+        assert quack == 5 * [None]
+        return
+    names = ("tile_m", "tile_n", "pingpong", "cluster_m", "cluster_n")
+    tiles = [tuple(config[name] for name in names) for config in quack]
+    product = (128, 256, False, 2, 1)
+    assert tiles == [(128, 192, True, 2, 1), (128, 160, True, 2, 1), product, product, product]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("quack") is not None, reason="it is installed")

@@ -257,7 +257,8 @@ def _bar(name: str, row: Row, which: str, longest: float) -> Markup:
         left += width
     total = 1e9 * _seconds_a_token(row, which)
     head = element("p", element("span", name), element("span", f"{total:,.0f} ns a token"), class_="bar-head")
-    drawing = element("svg", *pieces, class_="strip", role="img", aria_label=f"{name}: {', '.join(words)}")
+    says = f"{name}: {', '.join(words)}"
+    drawing = element("svg", *pieces, class_="strip", role="img", aria_label=says, style="width:100%")
     return element("div", head, element("div", drawing, class_="strips"), class_="bar")
 
 
