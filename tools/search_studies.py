@@ -2,36 +2,60 @@
 
 ::
 
+    python tools/search_studies.py collect                     # what there is: studies, votes, evidence; no GPU
     python tools/search_studies.py plan                        # proposes sixteen-block sequences; needs Ax, no GPU
-    python tools/search_studies.py run --seconds 290           # trains; again goes on
-    python tools/search_studies.py collect                     # studies, votes and comparisons; trains nothing
+    python tools/search_studies.py run --seconds 290           # trains what is missing; again goes on
 
-``run`` is for a GPU that is lent for minutes at a time. What it trains is ordered by worth and kept in
-``trainings.jsonl`` as each chunk of 64 trainings ends, so that a study can be made of whatever there is. Each step is a
-``composer-megatron search``, whose options are printed.
+The folder keeps what cannot be computed again, ``trainings.jsonl.gz`` and the proposals in ``sixteen.txt``, and a
+summary of what follows from them, ``results.json``. Studies, their pages and unpacked trainings go to ``--work``.
+
+``run`` is for a GPU that is lent for minutes at a time. What it trains is ordered by worth and kept in the work
+folder's ``trainings.jsonl`` as each chunk of 64 trainings ends, so that a study can be made of whatever there is. Each
+step is a ``composer-megatron search``, whose options are printed. ``collect`` adds that file to the folder's.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import itertools
+import math
 import shlex
 import shutil
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from composer_megatron.cli import main as composer
-from composer_megatron.errors import ComposerError, UsageError
-from composer_megatron.files import write_text
+from composer_megatron.errors import ComposerError, FileError, UsageError
+from composer_megatron.files import naming, read_json, write_json, write_text
 from composer_megatron.sequence import CompositeSequence
 from composer_search.evaluators import MadEvaluator, preset, training_seed
 from composer_search.evaluators.ledger import Ledger, TrainingKey, settings_digest
+from composer_search.evidence import agreement
+from composer_search.evidence.ablation import ablate
+from composer_search.evidence.exhibit import Exhibit, shown
+from composer_search.evidence.oracle import oracle
+from composer_search.evidence.regret import regret
+from composer_search.evidence.scores import read_scores
+from composer_search.evidence.standing import standing
+from composer_search.proposers import make_proposer, propose_batch
+from composer_search.report import evidence as figures
+from composer_search.report.markup import Markup
+from composer_search.space import Space
+from composer_search.study import Study, StudySettings
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "search"
+PACKED = "trainings.jsonl.gz"
+
+PROPOSERS, REPLAYS, DRAWS = ("random", "evolution", "bayesian"), 12, 50
+"""Who is replayed and how often, and studies drawn to compare aggregators."""
 
 PROPOSED, BATCH = 32, 32
 """Quasi-random sequences of sixteen blocks, and those that the Gaussian process proposes at once after them."""
@@ -43,7 +67,7 @@ TASKS = (
 """MAD's, the cheap ones first."""
 
 SEEDS = 3
-SIX = tuple("".join(letters) for letters in itertools.product("AM", repeat=6))
+SIX = tuple(map("".join, itertools.product("AM", repeat=6)))
 KNOWN = tuple(
     CompositeSequence.parse(text).letters
     for text in ("2A5M2A3M1A3M", "AM" * 8, "AMM" * 5 + "A", "AAA" + "AM" * 5 + "MMM", "2A4M2A4M2A2M")
@@ -111,19 +135,19 @@ class Step:
         return [*command, "--trainings", str(trainings)]
 
 
-def plan(folder: Path) -> None:
-    """Add a batch to `sixteen.txt`: Sobol points at first, then what Ax proposes from the study collected so far."""
-    from composer_search.proposers import make_proposer, propose_batch
-    from composer_search.space import Space
-    from composer_search.study import Study, StudySettings
+def plan(folder: Path, work: Path) -> None:
+    """Add a batch to `sixteen.txt`: Sobol points at first, then what Ax proposes from the study collected so far.
 
-    study = folder / "sixteen"
+    Raises:
+        UsageError: If some of those listed have no score yet.
+        ComposerError: If Ax is not installed.
+    """
+    study = work / "sixteen"
     trials = Study.load(study).trials if study.exists() else []
     listed = read_list(folder)
     if len(trials) < len(listed):
-        raise UsageError(
-            f"{folder / 'sixteen.txt'}: {len(listed)} sequences, {len(trials)} scored; train the others first"
-        )
+        counts = f"{folder / 'sixteen.txt'}: {len(listed)} sequences, {len(trials)} of them scored in {study}"
+        raise UsageError(f"{counts}; `run` trains the others, and `collect` makes that study")
     numbers = range(len(listed), len(listed) + (BATCH if listed else PROPOSED))
     settings = StudySettings(
         space=Space("AM", 16), proposer="bayesian", initial=PROPOSED, seed=0, budget=numbers.stop, evaluator={}
@@ -150,12 +174,42 @@ def steps(folder: Path, tasks: Sequence[str]) -> Iterator[Step]:
         yield Step("sixteen", sixteen, (task,), 1)
 
 
+def unpack(folder: Path, trainings: Path) -> None:
+    """Put the folder's trainings into a file, before those that it has.
+
+    Raises:
+        FileError: If the folder's are damaged.
+    """
+    packed = folder / PACKED
+    if not packed.exists():
+        return
+    try:
+        with naming(packed, "read"):
+            kept = _lines(gzip.decompress(packed.read_bytes()).decode())
+    except (EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise FileError(f"{packed} is damaged ({error}); restore it from version control") from None
+    with naming(trainings, "read"):
+        own = _lines(trainings.read_text()) if trainings.exists() else []
+    write_text(trainings, "".join(dict.fromkeys([*kept, *own])))
+
+
+def pack(trainings: Path, folder: Path) -> None:
+    """Keep a file of trainings in the folder, in one step; the same trainings give the same bytes."""
+    packed, partial = folder / PACKED, folder / f".{PACKED}.tmp"
+    with naming(packed, "write"):
+        partial.write_bytes(gzip.compress("".join(_lines(trainings.read_text())).encode(), mtime=0))
+        partial.replace(packed)
+
+
+def _lines(text: str) -> list[str]:
+    """Its lines without a last one that was torn."""
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
 def run(folder: Path, trainings: Path, seconds: float, at_once: int, fidelity: Fidelity) -> None:
     """Train until the time is up."""
     end = time.monotonic() + seconds
-    if not trainings.exists() and (folder / "trainings.jsonl").exists():
-        trainings.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / "trainings.jsonl", trainings)
+    unpack(folder, trainings)
     _try_out(fidelity)
     with tempfile.TemporaryDirectory() as temporary:
         for number, step in enumerate(steps(folder, fidelity.tasks)):
@@ -178,76 +232,168 @@ def _try_out(fidelity: Fidelity) -> None:
     print(f"tried out in {time.monotonic() - start:.0f} s", flush=True)
 
 
-def collect(folder: Path, fidelity: Fidelity) -> None:
-    """Make studies of all tasks that are whole, vote, and compare with the paper's sequences."""
-    known: dict[TrainingKey, object] = dict(Ledger(folder / "trainings.jsonl").read())
+def collect(folder: Path, trainings: Path, work: Path, fidelity: Fidelity) -> None:
+    """Make studies of what is whole, vote, and say what that is worth; proposals without trainings wait.
+
+    Raises:
+        ComposerError: If nothing was trained.
+    """
+    unpack(folder, trainings)
+    known: dict[TrainingKey, object] = dict(Ledger(trainings).read())
+    if not known:
+        raise ComposerError(f"neither {folder / PACKED} nor {trainings} has a training; `run` on a GPU makes them")
+    pack(trainings, folder)
+    results: dict[str, Any] = {"fidelity": asdict(fidelity)}
+    six = _make(work, _whole("six", SIX, SIX, fidelity, known), trainings, fidelity)
+    if six:
+        results["six"] = _summary(six) | _judge(six, ["2A4M", "AMAMAM"], None)
     listed = read_list(folder)
-    for name, sequences, most in (("six", SIX, SEEDS), ("sixteen", listed, 1), ("sixteen-known", KNOWN, 1)):
-        together = (*listed, *KNOWN) if name.startswith("sixteen") else sequences
-        options = [
-            (seeds, tuple(task for task in fidelity.tasks if not fidelity.lacking(task, seeds, together, known)))
-            for seeds in sorted({most, 1}, reverse=True)
-        ]
-        seeds, tasks = next(((seeds, tasks) for seeds, tasks in options if len(tasks) > 1), (0, ()))
-        if not tasks or not sequences:
-            print(f"{name}: fewer than two tasks are whole")
+    sixteen = _whole("sixteen", (*listed[:PROPOSED], *KNOWN), listed, fidelity, known)
+    searched = _make(work, sixteen, trainings, fidelity)
+    if searched:
+        others = _make(work, sixteen and replace(sixteen, name="sixteen-known", sequences=KNOWN), trainings, fidelity)
+        results["sixteen"] = _summary(searched) | _judge(searched, ["2A5M2A3M1A3M"], others)
+    write_json(folder / "results.json", _rounded(results))
+    print(f"summary written to {folder / 'results.json'}, studies and pages to {work}")
+
+
+def _whole(
+    name: str, needed: tuple[str, ...], wanted: tuple[str, ...], fidelity: Fidelity, known: dict[TrainingKey, object]
+) -> Step | None:
+    """The tasks that all of `needed` were trained on, and of `wanted` the sequences that were, too.
+
+    With as many seeds as there are for two tasks, of sixteen blocks with one.
+    """
+    for seeds in (SEEDS, 1) if wanted == SIX else (1,):
+        tasks = tuple(task for task in fidelity.tasks if not fidelity.lacking(task, seeds, needed, known))
+        if len(tasks) < 2 or not wanted:
             continue
-        _make(folder, Step(name, tuple(sequences), tasks, seeds), fidelity)
-    if (folder / "six").exists():
-        _compare(folder / "six", ["2A4M", "AMAMAM"], None)
-    if (folder / "sixteen").exists():
-        _compare(folder / "sixteen", ["2A5M2A3M1A3M"], folder / "sixteen-known")
+        waiting = {each for each in wanted for task in tasks if fidelity.lacking(task, seeds, [each], known)}
+        return Step(name, tuple(each for each in wanted if each not in waiting), tasks, seeds)
+    print(f"{name}: fewer than two tasks are whole")
+    return None
 
 
-def _make(folder: Path, step: Step, fidelity: Fidelity) -> None:
-    """A study of its own; what only the search needs is not kept."""
-    study = folder / step.name
+def _make(work: Path, step: Step | None, trainings: Path, fidelity: Fidelity) -> Path | None:
+    """A study of its own, grown to 1b unless it is of known designs."""
+    if step is None:
+        return None
+    study = work / step.name
     shutil.rmtree(study, ignore_errors=True)
-    composer(step.command(study, folder / "trainings.jsonl", fidelity))
-    (study / "study.lock").unlink(missing_ok=True)
+    composer(step.command(study, trainings, fidelity))
     if step.sequences != KNOWN:
         composer(["aggregate", str(study)])
+        grown = ["--shape", "1b", "--output", str(study / "stacked-1b.json")]
+        composer(["extrapolate", str(study / "aggregate.json"), *grown])
+    return study
 
 
-def _compare(study: Path, sequences: list[str], others: Path | None) -> None:
-    from composer_search.study import Study
+def _summary(study: Path) -> dict[str, Any]:
+    """Scores of every sequence, best first, and how far those of a task differ between sequences and between seeds."""
+    trials = sorted(Study.load(study).completed, key=lambda trial: -(trial.score or 0.0))
+    spread = {}
+    for task in trials[0].tasks:
+        seeds = [trial.details["tasks"][task]["validation"] for trial in trials]
+        within = [statistics.variance(each) for each in seeds if len(each) > 1]
+        between = statistics.stdev(trial.tasks[task] for trial in trials)
+        spread[task] = {"between": between, "seeds": math.sqrt(statistics.fmean(within)) if within else None}
+    voted = read_json(study / "aggregate.json", "an aggregate")
+    return {
+        "scores": {str(trial.sequence): {"seeds": trial.seed_scores, **trial.tasks} for trial in trials},
+        "standard_deviation": spread,
+        "vote": {"sequence": voted["sequence"], "voters": voted["members"]},
+    }
 
-    extra = ["--others", str(others)] if others else [str(study / "aggregate.json")]
-    composer(["evidence", "standing", str(study), *sequences, *extra])
-    composer(["evidence", "agreement", str(study)])
-    composer(
-        ["extrapolate", str(study / "aggregate.json"), "--shape", "1b", "--output", str(study / "stacked-1b.json")]
-    )
-    if Study.load(study).completed[0].spread:
-        composer(["evidence", "oracle", str(study)])
+
+def _judge(study: Path, sequences: Sequence[str], others: Path | None) -> dict[str, Any]:
+    """All evidence that a study allows: printed, drawn on pages in it, and returned as JSON values."""
+    pages = study / "evidence"
+    scores = replace(read_scores(study), name=study.name)
+    named = [("", CompositeSequence.parse(each)) for each in sequences]
+    placed = standing(study, named, others=others)
+    ranks = [agreement.size_agreement(scores), *agreement.task_agreements(scores)]
+    values = {
+        "standing": _show(pages / "standing.html", placed.exhibit(), figures.standing_figure(placed)),
+        "agreement": _show(pages / "agreement.html", agreement.exhibit(ranks), figures.agreement_figure(ranks)),
+    }
+    if scores.seeds is None:
+        return values
+    ranking = oracle(scores)
+    replayed = regret(Study.load(study), proposers=PROPOSERS, replays=REPLAYS, noisy=True)
+    rules = ablate(scores, draws=DRAWS, noisy=True)
+    return values | {
+        "oracle": _show(pages / "oracle.html", ranking.exhibit(), figures.oracle_figure(ranking)),
+        "regret": _show(pages / "regret.html", replayed.exhibit(), figures.regret_figure(replayed)),
+        "ablation": _show(pages / "ablation.html", rules.exhibit(), figures.ablation_figure(rules)),
+    }
+
+
+def _show(page: Path, exhibit: Exhibit, figure: Markup | None) -> dict[str, Any]:
+    """Print an exhibit, write its page, and give its rows and findings."""
+    figures.write_exhibit(page, exhibit, figure)
+    print(f"\n{exhibit.title}")
+    for row in (exhibit.columns, *exhibit.rows):
+        print("  ".join(shown(cell) for cell in row))
+    print(*exhibit.findings, f"figure written to {page}", sep="\n")
+    rows = [dict(zip(exhibit.columns, row, strict=True)) for row in exhibit.rows]
+    return {"rows": rows, "findings": exhibit.findings}
+
+
+def _rounded(value: Any) -> Any:
+    """JSON values with numbers to five digits, which is more than they are worth."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
+
+
+def _above_zero(text: str) -> float:
+    """A number for argparse, which makes a usage error of what is raised."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number above 0")
+    return value
+
+
+def _count(text: str) -> int:
+    """An integer for argparse, alike."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected an integer above 0")
+    return int(text)
 
 
 def main() -> None:
     """Run from the command line."""
-    options = argparse.ArgumentParser(description="The studies under benchmarks/results/search, in slices.")
+    options = argparse.ArgumentParser(description="The studies under benchmarks/results/search.")
     options.add_argument("verb", choices=("plan", "run", "collect"))
-    options.add_argument("--folder", type=Path, default=RESULTS, help="where lists, trainings and studies are")
-    options.add_argument(
-        "--trainings", type=Path, help="of run: file to fill; by default trainings.jsonl in the folder"
-    )
-    options.add_argument("--seconds", type=float, default=290.0, help="of run: time to spend")
-    options.add_argument("--at-once", type=int, default=64, help="of run: trainings of a chunk")
-    options.add_argument("--steps", type=int, default=1000, help="optimizer steps of a training")
-    options.add_argument("--batch-size", type=int, default=32, help="sequences a step")
-    options.add_argument("--learning-rate", type=float, default=2e-3, help="peak of the cosine")
+    options.add_argument("--folder", type=Path, default=RESULTS, help="where lists, packed trainings and results are")
+    options.add_argument("--work", type=Path, default=Path("runs/search-studies"), help="where studies and pages go")
+    options.add_argument("--trainings", type=Path, help="file of trainings; else trainings.jsonl in the work folder")
+    options.add_argument("--seconds", type=_above_zero, default=290.0, help="of run: time to spend")
+    options.add_argument("--at-once", type=_count, default=64, help="of run: trainings of a chunk")
+    options.add_argument("--steps", type=_count, default=1000, help="optimizer steps of a training")
+    options.add_argument("--batch-size", type=_count, default=32, help="sequences a step")
+    options.add_argument("--learning-rate", type=_above_zero, default=2e-3, help="peak of the cosine")
     options.add_argument("--preset", default="baseline", help="whose tasks, widths and precision")
     chosen = options.parse_args()
     fidelity = Fidelity(chosen.steps, chosen.batch_size, chosen.learning_rate, chosen.preset)
+    trainings = chosen.trainings or chosen.work / "trainings.jsonl"
     try:
         if chosen.verb == "plan":
-            plan(chosen.folder)
+            plan(chosen.folder, chosen.work)
         elif chosen.verb == "run":
-            trainings = chosen.trainings or chosen.folder / "trainings.jsonl"
             run(chosen.folder, trainings, chosen.seconds, chosen.at_once, fidelity)
         else:
-            collect(chosen.folder, fidelity)
+            collect(chosen.folder, trainings, chosen.work, fidelity)
     except ComposerError as error:
-        sys.exit(f"search_studies: {error}")
+        print(f"search_studies: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

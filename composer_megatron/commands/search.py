@@ -106,6 +106,7 @@ def search(
     from composer_search.strategies import search as run_search
     from composer_search.workers import default_workers
 
+    _check_kept(trainings, at_once)
     settings = SearchSettings(
         length=length,
         primitives=primitives,
@@ -157,6 +158,23 @@ def search(
     else:
         value = f", value {best.objective['value']:.4f}" if "value" in best.objective else ""
         console.print(f"best of {len(found.completed)}: {best.sequence} with {best.score:.4f}{value}; all in {study}")
+
+
+def _check_kept(trainings: Path | None, at_once: int | None) -> None:
+    """Refuse, before anything runs, what would end every trial: no file can be there, or no training finish.
+
+    Raises:
+        UsageError: If `trainings` is a folder or below a file, or `at_once` is no number of trainings.
+    """
+    if at_once is not None and at_once < 1:
+        raise UsageError(f"--at-once {at_once}; expected at least 1 training")
+    if trainings is None:
+        return
+    if trainings.is_dir():
+        raise UsageError(f"--trainings {trainings} is a folder; name a file in it: {trainings / 'trainings.jsonl'}")
+    above = next(folder for folder in trainings.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UsageError(f"--trainings {trainings}: {above} is no folder")
 
 
 class _TimeIsUp(BaseException):

@@ -102,7 +102,9 @@ def test_a_measured_profile_makes_the_throughput(tmp_path):
         (("--objective", "accuracy - latenzy"), 2, "latenzy"),
         (("--only", "2A4M"), 2, "2A4M is not of 2 blocks"),
         (("--only", "2A", "--strategy", "end", "--step", "1"), 2, "a list of sequences has no steps"),
-        (("--at-once", "0"), 2, "at_once=0"),
+        (("--at-once", "0"), 2, "--at-once 0; expected at least 1 training"),
+        (("--trainings", "."), 2, "--trainings . is a folder; name a file in it: trainings.jsonl"),
+        (("--trainings", f"{__file__}/t.jsonl"), 2, "test_search_command.py is no folder"),
     ],
 )
 def test_mistakes_are_named(options, status, message, tmp_path, capsys):

@@ -45,7 +45,9 @@ class Launch(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
-FORWARD, BACKWARD = Launch(128, 32, 8, 3, 128), Launch(128, 32, 8, 3)
+FORWARD, BACKWARD = Launch(128, 32, 8, 3, 128), Launch(64, 32, 4, 3)
+"""The fastest of seven each on an H100, in bfloat16 at a width of 128: 0.67 ns a token instead of 1.03 with unlimited
+registers, and 1.61 instead of 1.85 with 128 tokens and 8 warps."""
 
 
 @triton.jit
