@@ -226,11 +226,7 @@ def _training_lines(results: Results, gpu: str) -> list[str]:
         line = f"training {shape} at {length:,} tokens: {_thousands(stacked)} with the Composite, {_thousands(llama)} "
         rates = " and ".join(f"{row['tflops']:.0f}{_mfu(row)}" for row in pair)
         line += f"with Llama (x{gain:.3f}), {rates} TFLOP/s"
-        peer = rate(cell, backend=PEER, model="llama", source=stacked["source"])
-        if peer is not None and ours != PEER:
-            beside = stacked["tokens_per_second"] / peer["tokens_per_second"]
-            line += f"; torch.compile's Llama {_thousands(peer)} (the Composite x{beside:.3f})"
-        lines.append(f"{line}, backend {ours}")
+        lines.append(f"{line}{_beside_peer(cell, stacked)}, backend {ours}")
         if ours == OURS:
             lines += [said for name in VARIANTS if (said := _variant(cell, name)) is not None]
     return lines
@@ -256,7 +252,16 @@ def _variant(rows: Sequence[Row], backend: str) -> str | None:
         plain = rate(rows, backend=OURS, model=row["model"], source=row["source"])
         gain = "" if plain is None else f" (x{row['tokens_per_second'] / plain['tokens_per_second']:.3f})"
         said.append(f"{_thousands(row)}{gain}")
-    return f"the same {VARIANTS[backend]}: {' and '.join(said)}"
+    return f"the same {VARIANTS[backend]}: {' and '.join(said)}{_beside_peer(rows, pair[0])}"
+
+
+def _beside_peer(rows: Sequence[Row], stacked: Row) -> str:
+    """The peer's Llama in the same file, and how much faster the Composite is; nothing where there is none."""
+    peer = rate(rows, backend=PEER, model="llama", source=stacked["source"])
+    if peer is None or stacked["backend"] == PEER:
+        return ""
+    gain = stacked["tokens_per_second"] / peer["tokens_per_second"]
+    return f"; torch.compile's Llama {_thousands(peer)} (the Composite x{gain:.3f})"
 
 
 def _thousands(row: Row) -> str:
