@@ -96,7 +96,7 @@ class Kernel:
         change, counts (named in `do_not_specialize`), floats, constants.
         """
         self.function = function
-        self._variants: dict[tuple[object, ...], tuple[Callable[..., None], Any, Any]] = {}
+        self._variants: dict[tuple[object, ...], tuple[Callable[..., None], tuple[object, ...]]] = {}
 
     def launch(
         self,
@@ -134,29 +134,46 @@ class Kernel:
         key = (device, constants, options, strides, *[None if tensor is None else tensor.dtype for tensor in tensors])
         variant = self._variants.get(key)
         if variant is not None and _regular(pointers, counts) and not _hooked():
-            run, function, metadata = variant
+            run, before = variant
             stream = torch._C._cuda_getCurrentRawStream(device)
             values = (*pointers, *strides, *counts, *floats, *constants)
-            run(programs, 1, 1, stream, function, metadata, None, None, None, *values)
+            run(programs, 1, 1, stream, *before, *values)
             return
         values = (*tensors, *strides, *counts, *map(float, floats), *constants)
         compiled = self.function[(programs,)](*values, **dict(options))
         if compiled is not None and _regular(pointers, counts):  # None: a hook forbade to compile
             if len(self._variants) >= _MOST_VARIANTS:
                 self._variants.clear()
-            self._variants[key] = compiled.run, compiled.function, compiled.packed_metadata
+            self._variants[key] = _runner(compiled)
 
 
 _MOST_VARIANTS = 1024
 """Of a kernel: strides can be as many as batches have shapes, and looking a variant up anew is cheap."""
 
 
+def _runner(compiled: Any) -> tuple[Callable[..., None], tuple[object, ...]]:
+    """What launches a compiled kernel, and what it takes between grid and stream and the kernel's own arguments.
+
+    Triton's launcher first finds memory for kernels that want some of their own, then calls a function in C. Others are
+    launched by that function, in half the time; it takes these arguments in Triton 3.6. Other builds of Triton need not
+    have the launcher's module, hence the class by its name.
+    """
+    run, rest = compiled.run, (compiled.packed_metadata, None, None, None)  # no metadata for hooks, and no hooks
+    known = type(run).__name__ == "CudaLauncher" and triton.__version__.startswith("3.6.")
+    if not known or run.global_scratch_size or run.profile_scratch_size:
+        return run, (compiled.function, *rest)
+    return run.launch, (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *rest)
+
+
 def _regular(pointers: list[int], counts: tuple[int, ...]) -> bool:
     """Whether Triton would compile the same for any other pointers and counts of which this is true."""
+    for count in counts:
+        if not -(2**31) <= count < 2**31:
+            return False
     bits = 0
     for pointer in pointers:
         bits |= pointer
-    return bits % 16 == 0 and (not counts or -(2**31) <= min(counts) <= max(counts) < 2**31)
+    return bits % 16 == 0
 
 
 def _hooked() -> bool:

@@ -25,15 +25,16 @@ def check(
     """
     beside = x.dtype if residual is None else residual.dtype
     check_dtypes(op, x=x.dtype, residual=beside, weight=x.dtype if weight is None else weight.dtype, out=out_dtype)
-    width = x.shape[-1] if x.dim() else 0
+    shape, device = x.shape, x.device  # asking a tensor takes longer than all the rest
+    width = shape[-1] if shape else 0
     if width == 0:
         raise ValueError(f"{op}: x must be (…, H) with H at least 1; given {describe(x)}")
-    if residual is not None and (residual.shape != x.shape or residual.device != x.device):
+    if residual is not None and (residual.shape != shape or residual.device != device):
         raise ValueError(
             f"{op}: residual must have the shape and device of x, {describe(x)}; given {describe(residual)}"
         )
-    if weight is not None and (weight.shape != (width,) or weight.device != x.device):
-        raise ValueError(f"{op}: weight must be ({width},), the width of x, on {x.device}; given {describe(weight)}")
+    if weight is not None and (weight.shape != (width,) or weight.device != device):
+        raise ValueError(f"{op}: weight must be ({width},), the width of x, on {device}; given {describe(weight)}")
     if main_grad is not None:
         _check_main_grad(op, x, weight, main_grad)
 

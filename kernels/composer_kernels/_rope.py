@@ -298,7 +298,7 @@ def part_strides(x: Tensor) -> tuple[int, int, int]:
 
 def with_neighbours(x: Tensor) -> Tensor:
     """`x` with the elements of a head or row side by side: itself, or a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
 
 
 def launch_turn(x: Tensor, tables: Tables, plan: Plan, in_place: bool, launch: Launch | None = None) -> Tensor:
@@ -337,8 +337,7 @@ def launch_join(q: Tensor, k: Tensor, v: Tensor, tables: Tables, plan: Plan, lau
     q, k, v = with_neighbours(q), with_neighbours(k), with_neighbours(v)
     qkv = q.new_empty(*q.shape[:-2], (plan.q_heads + 2 * plan.kv_heads) * plan.head_dim)
     strides = (*part_strides(q), *part_strides(k), *part_strides(v))
-    out = (qkv, None, None)
-    _run(qkv.shape, (q, k, v), out, strides, tables, plan, (False, True), False, True, launch)
+    _run(qkv.shape, (q, k, v), (qkv, None, None), strides, tables, plan, (False, True), False, True, launch)
     return qkv
 
 
@@ -349,8 +348,8 @@ def value_view(qkv: Tensor, plan: Plan) -> Tensor:
 
 def _packed_strides(qkv: Tensor) -> tuple[int, ...]:
     """Of (…, W): from place to place and from batch entry to batch entry."""
-    place, batch = qkv.stride()[:2] if qkv.dim() == 3 else (qkv.stride(0), 0)
-    return (place, batch, 0, 0, 0, 0, 0, 0, 0)
+    stride = qkv.stride()
+    return (stride[0], stride[1] if len(stride) == 3 else 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def _run(
@@ -366,33 +365,34 @@ def _run(
     launch: Launch | None,
 ) -> None:
     """Launch the kernel on query, key and value, or on one tensor of (length, batch, …) or (length, …) tokens."""
-    length, batch = shape[0], shape[1] if len(shape) > (3 if not plan.kv_heads else 2) else 1
+    q_heads, kv_heads, head_dim, interleaved, offset, cp_rank, cp_size, restart, sign = plan
+    length, batch = shape[0], shape[1] if len(shape) > (2 if kv_heads else 3) else 1
     cos, sin, cu_seqlens = tables
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    with_v = with_v and plan.kv_heads > 0
+    with_v = with_v and kv_heads > 0
     positions, half = cos.shape
-    launch = launch or default_launch(plan.q_heads, plan.kv_heads, with_v, half)
-    blocks = -(-plan.q_heads // launch.heads) + (2 if with_v else 1) * -(-plan.kv_heads // launch.heads)
+    launch = launch or default_launch(q_heads, kv_heads, with_v, half)
+    blocks = -(-q_heads // launch.heads) + (2 if with_v else 1) * -(-kv_heads // launch.heads)
     _rotate.launch(
         -(-length * batch // launch.tokens) * blocks,
         (*parts, *out, cos, sin, cu_seqlens),
         strides,
-        (length * batch, batch, length, plan.offset, plan.cp_rank, positions, sequences),
-        (float(plan.sign),),
+        (length * batch, batch, length, offset, cp_rank, positions, sequences),
+        (float(sign),),
         (
-            plan.q_heads,
-            plan.kv_heads,
-            plan.head_dim,
+            q_heads,
+            kv_heads,
+            head_dim,
             half,
             *packed,
             in_place,
             with_v,
-            plan.interleaved,
+            interleaved,
             sin is None,
             *cos.stride(),
-            plan.cp_size,
+            cp_size,
             0 if cu_seqlens is None else (sequences + 1).bit_length(),
-            plan.restart,
+            restart,
             launch.tokens,
             launch.heads,
         ),

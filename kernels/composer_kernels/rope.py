@@ -321,31 +321,33 @@ def _check(
     cp_size: int = 1,
 ) -> tuple[Tables, Plan]:
     """Refuse what does not fit; else the tables and the plan of (s, …) or (t, …) tokens."""
-    check_dtypes(
-        op, **{"qkv" if heads[1] else "t": given.dtype}, cos=cos.dtype, sin=cos.dtype if sin is None else sin.dtype
-    )
-    if cos.dim() != 2 or (sin is not None and sin.shape != cos.shape) or not 2 <= 2 * cos.shape[1] <= heads[2]:
+    sin_dtype = cos.dtype if sin is None else sin.dtype
+    if heads[1]:
+        check_dtypes(op, qkv=given.dtype, cos=cos.dtype, sin=sin_dtype)
+    else:
+        check_dtypes(op, t=given.dtype, cos=cos.dtype, sin=sin_dtype)
+    shape, device, length = cos.shape, given.device, tokens.shape[0]  # asking a tensor takes longer than all the rest
+    if len(shape) != 2 or (sin is not None and sin.shape != shape) or not 2 <= 2 * shape[1] <= heads[2]:
         sines = "" if sin is None else f" and sin {describe(sin)}"
         raise ValueError(
             f"{op}: cos is {describe(cos)}{sines}; accepted is (positions, HALF), the same for both, with HALF from 1 "
             f"to half of a head's {heads[2]} elements"
         )
-    wants_gradient = cos.requires_grad or (sin is not None and sin.requires_grad)
-    if wants_gradient and torch.is_grad_enabled() and not op.endswith("reference"):
+    wants_gradient = torch.is_grad_enabled() and (cos.requires_grad or (sin is not None and sin.requires_grad))
+    if wants_gradient and not op.endswith("reference"):
         raise ValueError(f"{op}: cos and sin get no gradient, yet they require one; rope_reference differentiates them")
-    if cos.device != given.device or (sin is not None and sin.device != given.device):
-        raise ValueError(f"{op}: the tables must be on {given.device}, where the heads are; cos is {describe(cos)}")
-    length = tokens.shape[0]
+    if cos.device != device or (sin is not None and sin.device != device):
+        raise ValueError(f"{op}: the tables must be on {device}, where the heads are; cos is {describe(cos)}")
     if not 0 <= cp_rank < cp_size or (cp_size > 1 and cu_seqlens is None and length % 2):
         raise ValueError(
             f"{op}: cp_rank is {cp_rank} and cp_size {cp_size} for {length} tokens here; accepted are ranks from 0 to "
             "cp_size - 1, and two chunks of equal length on each"
         )
     last = position_offset + (length * cp_size if cu_seqlens is None or not restart_positions else min(length, 1))
-    if position_offset < 0 or (length and last > cos.shape[0]):
+    if position_offset < 0 or (length and last > shape[0]):
         raise ValueError(
             f"{op}: position_offset is {position_offset} and positions go to {last - 1}; accepted are positions from 0 "
-            f"to {len(cos) - 1}, which the tables have"
+            f"to {shape[0] - 1}, which the tables have"
         )
     if cu_seqlens is not None:
         _check_boundaries(op, cu_seqlens, given)

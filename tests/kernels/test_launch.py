@@ -1,8 +1,11 @@
 """What the operations share: which launches skip Triton's own examination of arguments, and views of rows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton
+from triton.backends.nvidia import driver
 
 from composer_kernels import _launch
 from composer_kernels._launch import Kernel, as_rows, check_dtypes, describe, power_of_2
@@ -65,10 +68,10 @@ def launch(kernel, *pointers, strides=(32,), counts=(5,), constants=(64, True), 
 def test_the_second_launch_of_a_variant_is_short(kernel):
     x = Pointer()
     launch(kernel, x, None)
-    launch(kernel, Pointer(8192), None, counts=(6,))
+    launch(kernel, Pointer(8192), None, counts=(-6,))
     first, second = kernel.function.launches
     assert first == ("triton", (7,), (x, None, 32, 5, 0.5, 64, True), {"num_warps": 4})
-    assert second == ("compiled", (7,), (8192, 0, 32, 6, 0.5, 64, True), {})
+    assert second == ("compiled", (7,), (8192, 0, 32, -6, 0.5, 64, True), {})
 
 
 @pytest.mark.parametrize(
@@ -128,6 +131,39 @@ def test_who_watches_launches_sees_each(kernel):
         hooks.remove(watch)
     launch(kernel, Pointer())
     assert kernel.function.ways == ["triton", "triton", "compiled"]
+
+
+class CudaLauncher(driver.CudaLauncher):
+    """Triton's own, before a function that writes down what it gets instead of launching."""
+
+    def __init__(self, scratch=0):
+        self.num_ctas, self.launch_cooperative_grid, self.launch_pdl = 1, "cooperative", "pdl"
+        self.global_scratch_size, self.profile_scratch_size = scratch, 0
+        self.global_scratch_align = self.profile_scratch_align = 1
+        self.calls = []
+
+    def launch(self, *arguments):
+        self.calls.append(arguments)
+
+
+def runner(launcher):
+    return _launch._runner(SimpleNamespace(run=launcher, function="function", packed_metadata="metadata"))
+
+
+def test_the_function_behind_tritons_launcher_gets_what_that_one_hands_on():
+    launcher = CudaLauncher()
+    run, before = runner(launcher)
+    launcher(7, 1, 1, 77, "function", "metadata", None, None, None, 4096, 0.5)
+    run(7, 1, 1, 77, *before, 4096, 0.5)
+    assert run == launcher.launch
+    assert launcher.calls[0] == launcher.calls[1]
+
+
+@pytest.mark.parametrize(("scratch", "version"), [(128, "3.6.0"), (0, "3.7.0"), (0, "3.5.1")])
+def test_kernels_that_want_memory_and_other_tritons_keep_the_launcher(monkeypatch, scratch, version):
+    monkeypatch.setattr(triton, "__version__", version)
+    launcher = CudaLauncher(scratch)
+    assert runner(launcher) == (launcher, ("function", "metadata", None, None, None))
 
 
 def test_variants_do_not_pile_up(kernel, monkeypatch):
