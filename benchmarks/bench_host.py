@@ -149,8 +149,10 @@ def main() -> None:
     options.add_argument("--only", nargs="*", help="operations to time")
     given = options.parse_args()
     measured: dict[str, Times] = {}
+    known: list[str] = []
     with own_stream():
         for op, measure in measurements():
+            known.append(op)
             if given.only and op not in given.only:
                 continue
             try:
@@ -163,6 +165,8 @@ def main() -> None:
                 print(f"{op:20} {name:24} {values}", flush=True)
             if given.output is not None:
                 write_json(given.output, {"gpu": torch.cuda.get_device_name(), "host_us": measured})
+    if given.only and not set(given.only) & set(known):
+        raise SystemExit(f"bench_host: --only {' '.join(given.only)} names nothing here; known: {', '.join(known)}")
 
 
 if __name__ == "__main__":

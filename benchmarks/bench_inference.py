@@ -51,7 +51,8 @@ ROOM = 64
 IN_GRAPH, LAUNCHED = (32, 7), (8, 5)
 """Steps in a sample, and samples, of steps in a graph and of others; at most `ROOM` steps."""
 MOST_PREFILLED = 65_536
-"""Tokens of a batch of prompts; more take their time in proportion, and are not timed."""
+"""Tokens of a batch of prompts that are timed in their cell; more, afterwards, as far as time is left."""
+MODELS = ("llama", "stacked", "stretched")
 DRAWING = Sampling(temperature=0.8, top_k=50, top_p=0.95)
 
 
@@ -160,12 +161,12 @@ def time_steps(engine: Engine, context: int, plan: tuple[int, int]) -> float:
     return statistics.median(times)
 
 
-def time_prefill(engine: Engine, context: int, vocab_size: int, samples: int = 3) -> float:
-    """Median seconds to run a prompt of so many tokens in every row."""
+def time_prefill(engine: Engine, context: int, vocab_size: int, *, warm: bool = False) -> float:
+    """Median seconds to run a prompt of so many tokens in every row; of a single run if its kernels are `warm`."""
     tokens = torch.randint(vocab_size, (engine.rows, context), generator=torch.Generator().manual_seed(0)).tolist()
     admissions = [Admission(row, prompt, GREEDY) for row, prompt in enumerate(tokens)]
     times = []
-    for number in range(samples + 1):
+    for number in range(1 if warm else 4):
         if number == 2 and times[-1] > 0.3:  # a long one needs no repetition
             break
         torch.cuda.synchronize()
@@ -173,7 +174,39 @@ def time_prefill(engine: Engine, context: int, vocab_size: int, samples: int = 3
         engine.admit(admissions)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median(times if warm else times[1:])
+
+
+def time_long_prefills(models: Sequence[Model], rows: Sequence[Row], end: float) -> Iterator[tuple[Row, bool]]:
+    """Time the prompts that were too many for their cell, once each, the fewest tokens first.
+
+    Args:
+        models: Of one shape.
+        rows: All; they get the figures. From fewer prompts of a length it is known how long more will take.
+        end: By the monotonic clock; none begins that would take longer.
+
+    Yields:
+        Each such row, and whether it was tried.
+    """
+    shape, by_name = models[0].architecture.shape, {model.name: model for model in models}
+    rows = [row for row in rows if row.shape == shape.name]
+    waiting = [row for row in rows if row.prefill is None and not row.note]
+    for row in sorted(waiting, key=lambda row: (row.batch * row.context, row.context)):
+        known = [each for each in rows if (each.model, each.context) == (row.model, row.context) and each.prefill]
+        expected = max((row.batch * (each.prefill or 0) / each.batch for each in known), default=float("inf"))
+        fits = time.monotonic() + expected <= end
+        if fits:
+            try:
+                engine = Engine(by_name[row.model].weights, row.batch, row.context + ROOM, fused=False)
+                row.prefill = time_prefill(engine, row.context, shape.vocab_size, warm=bool(known))
+                del engine
+            except torch.OutOfMemoryError:
+                row.note = "OOM in the prefill"
+            same = [each for each in rows if (each.batch, each.context) == (row.batch, row.context)]
+            compare(row, next((each for each in same if each.model == "llama"), None))
+            gc.collect()
+            torch.cuda.empty_cache()
+        yield row, fits
 
 
 def elapsed(run: Callable[[], None]) -> float:
@@ -237,14 +270,21 @@ def cells(options: argparse.Namespace) -> Iterator[tuple[int, int]]:
     return itertools.product(options.batches, options.contexts)
 
 
+def count(text: str) -> int:
+    """A number of requests or tokens."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
 def parse() -> argparse.Namespace:
     """The options."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--quick", action="store_true", help="one shape, Llama and one Composite, four cells")
     options.add_argument("--shapes", nargs="+", default=["1b", "350m", "3b"])
-    options.add_argument("--models", nargs="+", default=["llama", "stacked", "stretched"])
-    options.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64])
-    options.add_argument("--contexts", nargs="+", type=int, default=[512, 2048, 8192, 32_768])
+    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    options.add_argument("--batches", nargs="+", type=count, default=[1, 8, 32, 64])
+    options.add_argument("--contexts", nargs="+", type=count, default=[512, 2048, 8192, 32_768])
     options.add_argument("--output", type=Path, help="write all figures there as JSON, after every cell")
     options.add_argument("--profile", action="store_true", help="list the kernels of a step of the first cell, too")
     options.add_argument("--budget", type=float, help="seconds after which no further cell begins")
@@ -304,6 +344,12 @@ def run(options: argparse.Namespace) -> None:
                 write()
                 gc.collect()
                 torch.cuda.empty_cache()
+        for row, tried in time_long_prefills(candidates, rows, begin + (options.budget or float("inf"))):
+            if tried:
+                show(row)
+                write()
+            else:
+                left_out.append(f"{shape} {row.model}, batch {row.batch}, context {row.context}: prefill")
         del candidates, model
         gc.collect()
         torch.cuda.empty_cache()

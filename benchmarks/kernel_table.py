@@ -1,7 +1,8 @@
-"""The table of targets in ``docs/kernels.md``, made from results: ``python benchmarks/kernel_table.py``.
+"""The tables of ``docs/kernels.md``, made from results: ``python benchmarks/kernel_table.py``.
 
-Reads ``kernel-<op>.json`` of every folder in ``benchmarks/results`` and writes what was measured between the marks in
-the page, beside the target. Nobody types a figure; a test holds page and results equal.
+Reads ``kernel-<op>.json`` of every folder in ``benchmarks/results`` and writes between the marks in the page what was
+measured beside each target, and every case in which a peer is faster. Nobody types a figure there; a test holds page
+and results equal.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from composer_megatron.bench.kernels import EQUAL, Tally, Verdict, verdicts
 from composer_megatron.errors import FileError
 from composer_megatron.files import naming, read_json, write_text
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
-
 Row = dict[str, Any]
 Case = dict[str, Row]
 """Rows of one case by the contender's name."""
@@ -107,7 +108,10 @@ TARGETS = (
     Target("cross_entropy", "2 passes", "split form, 6 bytes a logit, of copy", 0.93, fraction("composer inplace")),
     Target("cross_entropy", "1 pass", "whole form, 4 bytes a logit, of copy", 0.92, fraction("composer inplace")),
     Target("linear_cross_entropy", "", "into `main_grad`, of the GEMM rate", 0.92, fraction("composer main_grad")),
-    Target("linear_cross_entropy", "", "quack's chunked time / ours", 1.0, Against("quack chunked")),
+    Target(
+        "linear_cross_entropy", "", "quack's chunked time / ours into `main_grad`", 1.0,
+        Against("quack chunked", "composer main_grad"),
+    ),
     Target("linear_cross_entropy", "16384", "GB at 16k tokens", 1.0, gigabytes("composer main_grad"), most=True),
     Target("attention", "", "the implementation's own time / ours", 0.98, Against("itself")),
     Target(
@@ -155,6 +159,27 @@ def table(folder: Path) -> list[str]:
     return lines
 
 
+def beside_peers(folder: Path) -> list[str]:
+    """Markdown of how often ours is the fastest, and of the cases where it is not."""
+    results = [read_json(path, "a kernel result") for path in sorted(folder.glob("kernel-*.json"))]
+    compared = [verdict for result in results for verdict in verdicts(result) if verdict.advantage is not None]
+    ratios = [verdict.advantage or 0.0 for verdict in compared]
+    slower = [verdict for verdict, ratio in zip(compared, ratios, strict=True) if ratio < 1 - EQUAL]
+    line = f"Of {len(compared)} comparisons with the fastest peer that does the same work, ours is "
+    line += Tally.of(ratios).says()
+    if not slower:
+        return [f"{line}."]
+    heads = ["operation", "case", "ours", "µs", "fastest peer", "µs", "its time / ours"]
+    return [f"{line}:", "", f"| {' | '.join(heads)} |", "|---|---|---|---|---|---|---|", *map(_slower, slower)]
+
+
+def _slower(verdict: Verdict) -> str:
+    times = (verdict.seconds or 0.0, verdict.peer_seconds or 0.0)
+    ours, peer = (f"{1e6 * seconds:,.1f}" for seconds in times)
+    cells = [f"`{verdict.op}`", verdict.case, verdict.name, ours, str(verdict.peer), peer, f"{verdict.advantage:.2f}"]
+    return f"| {' | '.join(cells)} |"
+
+
 def _why_not(target: Target, cases: Sequence[Case]) -> str:
     refusal = target.figure.refusal(cases) if isinstance(target.figure, Against) else ""
     return f"the peer cannot: {refusal}" if refusal else "not measured"
@@ -178,7 +203,17 @@ def tables(results: Path) -> str:
         any_result = read_json(next(iter(sorted(folder.glob("kernel-*.json")))), "a kernel result")
         packages = any_result["environment"]["packages"]
         versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "triton") if packages.get(name))
-        parts.append("\n".join([f"{any_result['gpu']}, {versions}, {any_result['date']}:", "", *table(folder)]))
+        parts.append(
+            "\n".join(
+                [
+                    f"{any_result['gpu']}, {versions}, {any_result['date']}:",
+                    "",
+                    *table(folder),
+                    "",
+                    *beside_peers(folder),
+                ]
+            )
+        )
     return "\n\n".join(parts)
 
 

@@ -40,9 +40,12 @@ class Session:
     rows: list[Row] = field(default_factory=list)
     host_us: dict[str, dict[str, float]] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=environment)
+    known: dict[str, None] = field(default_factory=dict)
+    """Names of all contenders so far, those that were not chosen among them."""
 
     def chosen[T](self, contenders: Mapping[str, T]) -> dict[str, T]:
         """Those of the contenders that ``--only`` names by how they begin; all without it."""
+        self.known |= dict.fromkeys(contenders)
         only = tuple(self.options.only)
         return {name: contender for name, contender in contenders.items() if not only or name.startswith(only)}
 
@@ -62,7 +65,7 @@ class Session:
         self._write()
 
     def _write(self) -> None:
-        if self.options.output is None:
+        if self.options.output is None or not (self.rows or self.host_us):
             return
         measured = {
             "op": self.op,
@@ -85,6 +88,9 @@ def session(op: str, description: str, *, gemm: bool = False) -> Iterator[Sessio
         op: The operation.
         description: The script's own first line.
         gemm: Whether the rate of matrix products is among the ceilings.
+
+    Raises:
+        SystemExit: If there is no GPU, or ``--only`` names nothing.
     """
     options = parser(description).parse_args()
     _find_torchs_cudnn()
@@ -94,6 +100,9 @@ def session(op: str, description: str, *, gemm: bool = False) -> Iterator[Sessio
         print(_heading(limits, reached_by), flush=True)
         run = Session(op, options, limits, reached_by)
         yield run
+    if options.only and not (run.rows or run.host_us):
+        known = f"; known: {', '.join(run.known)}" if run.known else ""
+        raise SystemExit(f"bench_{op}: --only {' '.join(options.only)} names nothing here{known}")
     plot(options.plot, op, run.rows)
 
 

@@ -15,6 +15,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -288,7 +289,7 @@ def _special(part: str, player: str) -> Part[Any]:
 
 
 def _within_products() -> Part[Builder | None]:
-    require("quack", "activation=quack", "pip install quack-kernels")
+    require("quack.gemm_interface", "activation=quack", "pip install quack-kernels")
     require("triton", "activation=quack", "pip install triton")
     from composer_megatron.layers.gated_mlp import GatedSwiGLU
 
@@ -314,11 +315,17 @@ def _known(what: str, name: str, known: tuple[str, ...]) -> None:
     raise UsageError(f"unknown {what} {name!r}: {hint}known: {', '.join(known)}")
 
 
-def require(package: str, who: str, advice: str) -> None:
-    """See that a package is there.
+def require(module: str, who: str, advice: str) -> None:
+    """See that a package, or a module of it, is there; nothing is imported.
 
     Raises:
-        ComposerError: If it is missing.
+        ComposerError: If it is missing. Where a package of that name lacks the module, its place is named.
     """
-    if importlib.util.find_spec(package) is None:
+    package = module.partition(".")[0]
+    found = importlib.util.find_spec(package)
+    places = [] if found is None else list(found.submodule_search_locations or [str(found.origin)])
+    if found is None:
         raise ComposerError(f"{who} needs the package {package}, which is missing: {advice}")
+    if module != package and PathFinder.find_spec(module, places) is None:
+        where = ", ".join(places)
+        raise ComposerError(f"{who} needs {module}, and the package {package} in {where} has no such module: {advice}")

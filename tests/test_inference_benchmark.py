@@ -14,6 +14,7 @@ from composer_megatron.files import write_json
 from composer_megatron.inference.cache import cache_bytes, make_cache
 from composer_megatron.shape import PRESETS
 
+torch.set_num_threads(1)
 pytestmark = pytest.mark.skipif(cpu.has_gpu(), reason="on a GPU the script itself runs")
 
 COPY, READ = 1e9, 2e9
@@ -113,6 +114,17 @@ def test_past_the_budget_no_cell_begins_and_those_left_out_are_named(bench):
     found = bench("--models", "llama", "--batches", "1", "2", "--contexts", "5", "--budget", "0")
     assert found["rows"] == []
     assert [cell.split(", ", 1)[1] for cell in found["left_out"]] == ["batch 1, context 5", "batch 2, context 5"]
+
+
+def test_prompts_too_many_for_their_cell_are_timed_at_the_end_or_left_out(bench, monkeypatch):
+    """Nine prompts of five tokens are more than 16: known from one prompt; those of 17 are not known."""
+    monkeypatch.setattr(bench.module, "MOST_PREFILLED", 16)
+    flags = ("--models", "llama", "stacked", "--batches", "1", "9", "--contexts", "5", "17")
+    found = bench(*flags, "--budget", "1e6")
+    for row in found["rows"]:
+        assert (row["prefill"] is None) == (row["prefill_advantage"] is None) == (row["context"] == 17)
+    assert found["left_out"][0].endswith("llama, batch 1, context 17: prefill")
+    assert len(found["left_out"]) == 4
 
 
 def test_a_profile_counts_overlapping_kernels_once(bench):

@@ -36,6 +36,13 @@ def test_only_some_contenders(kernel_benchmark):
     assert {row["name"] for row in rows} == {"composer, main_grad", "torch.compile", "torch"}
 
 
+def test_only_nobody_is_said_and_writes_nothing(kernel_benchmark, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        kernel_benchmark("swiglu", "--only", "nobody")
+    assert str(end.value.code).startswith("bench_swiglu: --only nobody names nothing here; known: composer, ")
+    assert not (tmp_path / "swiglu.json").exists()
+
+
 def test_a_row_says_how_fast_a_copy_of_as_many_bytes_is(kernel_benchmark):
     for row in kernel_benchmark("swiglu", "--only", "composer")["rows"]:
         assert row["of_copy"] == 1  # these clocks return a constant

@@ -18,7 +18,16 @@ def script(monkeypatch):
 
 
 def row(case, name, graph, fraction, **more):
-    return {"case": case, "name": name, "graph": graph, "fraction": fraction, "bytes": 1e9, "peak": 10, **more}
+    return {
+        "case": case,
+        "name": name,
+        "graph": graph,
+        "fraction": fraction,
+        "bytes": 1e9,
+        "peak": 10,
+        "note": "",
+        **more,
+    }
 
 
 @pytest.fixture
@@ -81,6 +90,27 @@ def test_a_peer_that_refuses_is_quoted(script, results):
     text = script.tables(results("decode_attention", rows))
     cell = cells(text, "decode_attention", "FlashAttention 4's time / ours, batch 1")
     assert cell == ["≥ 1.3", "the peer cannot: no / 9.0", "", "–"]
+
+
+def test_the_linear_loss_is_compared_where_it_adds_to_main_grad(script, results):
+    rows = [row("4096 x 1", "composer main_grad", 2.0, 0.9), row("4096 x 1", "quack chunked", 2.1, 0.9)]
+    text = script.tables(results("linear_cross_entropy", rows))
+    what = "quack's chunked time / ours into `main_grad`"
+    assert cells(text, "linear_cross_entropy", what) == ["≥ 1", "1.05", "", "yes"]
+
+
+def test_every_case_where_a_peer_is_faster_is_listed(script, results):
+    times = {"a": (2e-6, 1.9e-6), "b": (2e-6, 1.99e-6), "c": (2e-6, 3e-6)}
+    rows = [
+        row(case, name, t, 0.9)
+        for case, pair in times.items()
+        for name, t in zip(("composer", "te"), pair, strict=True)
+    ]
+    said = script.tables(results("swiglu", [*rows, row("d", "composer", 1e-6, 0.9)])).partition("Of ")[2].split("\n")
+    assert said[0].endswith("same work, ours is faster in 1, within 1 % in 1 and slower in 1:")
+    assert said[2:] == [said[2], "|---|---|---|---|---|---|---|", "| `swiglu` | a | composer | 2.0 | te | 1.9 | 0.95 |"]
+    text = script.tables(results("swiglu", [row("d", name, 1e-6, 0.9) for name in ("composer", "te")]))
+    assert text.endswith("same work, ours is faster in 0, within 1 % in 1 and slower in 0.")
 
 
 def test_only_what_is_between_the_marks_changes(script, tmp_path):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from composer_megatron.bench.kernels import Verdict, verdicts
+from composer_megatron.bench.kernels import Tally, Verdict, verdicts
 from composer_megatron.errors import FileError
 from composer_megatron.files import naming, read_json, write_text
 from composer_megatron.sequence import CompositeSequence
@@ -40,7 +40,7 @@ class Source:
 
     Attributes:
         file: Below the folder of the results.
-        kind: training, kernel, inference or search.
+        kind: training, kernel, inference, search or cache.
         gpu: Its name.
         date: Of the measurement, ISO 8601.
         versions: Of the packages that matter, by name.
@@ -65,6 +65,7 @@ class Results:
     Attributes:
         training: Rows of ``bench_training.py``: a model on a backend at a sequence length.
         inference: Rows of ``bench_inference.py``: a model at a batch and a context.
+        cache: Batches that ``kv --check`` allocated and decoded.
         search: Rows of ``bench_search.py``: seconds of a candidate-step, and the advantage over one at a time.
         studies: Its predictions of whole studies, from steps that it measured: ``study`` and ``hours``.
         kernels: Our best row of each case of each kernel beside the best peer's, with its source.
@@ -75,6 +76,7 @@ class Results:
 
     training: list[Row] = field(default_factory=list)
     inference: list[Row] = field(default_factory=list)
+    cache: list[Row] = field(default_factory=list)
     search: list[Row] = field(default_factory=list)
     studies: list[Row] = field(default_factory=list)
     kernels: list[tuple[Verdict, Source]] = field(default_factory=list)
@@ -103,18 +105,18 @@ def read_results(folder: Path) -> Results:
 
 
 def _add(results: Results, file: str, result: dict[str, Any]) -> None:
-    rows = result.get("rows")
+    rows: list[Row]
     if isinstance(result.get("models"), dict):
         rows, kind = _rows_of_pair(result), "training"
     elif isinstance(result.get("speeds"), list):
         rows, kind = _rows_of_search(result["speeds"]), "search"
-    elif not isinstance(rows, list):
+    elif isinstance(result.get("trials"), list):
+        rows, kind = result["trials"], "cache"
+    elif (found := _kind(result)) is not None:
+        rows, kind = result["rows"], found
+    else:
         results.ignored.append(file)
         return
-    elif "op" in result:
-        kind = "kernel"
-    else:
-        kind = "training" if any("backend" in row for row in rows) else "inference"
     if kind == "kernel" and "ceilings_reached_by" not in result:
         result = _without_ceilings(result)
     source = _source(file, kind, result)
@@ -130,6 +132,17 @@ def _add(results: Results, file: str, result: dict[str, Any]) -> None:
         if study:
             hours = sum(task["hours"] for task in study["tasks"])
             results.studies.append({"study": study["study"], "hours": hours, "source": source})
+
+
+def _kind(result: dict[str, Any]) -> str | None:
+    """What the rows of a result are of; None where it has none that are known."""
+    rows = result.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return None
+    if "op" in result:
+        return "kernel"
+    fields = {"training": {"backend", "model", "seq_len"}, "inference": {"batch", "context", "model"}}
+    return next((kind for kind, needed in fields.items() if rows and all(needed <= row.keys() for row in rows)), None)
 
 
 def _without_ceilings(result: dict[str, Any]) -> dict[str, Any]:
@@ -301,13 +314,15 @@ def _kernel_lines(results: Results, gpu: str) -> list[str]:
     fractions = [verdict.fraction for verdict in measured if verdict.fraction]
     if not measured:
         return []
-    line = f"kernels: {len({verdict.op for verdict in measured})} operations, {len(measured)} cases"
+    cases = {(verdict.op, verdict.case) for verdict in measured}
+    line = f"kernels: {len({verdict.op for verdict in measured})} operations, {len(cases)} cases"
     if len(fractions) == len(measured):
         line += f", at {statistics.median(fractions):.0%} of the ceiling in the median"
     if beside:
-        ahead = sum(advantage > 1 for advantage in beside)
         mean = math.exp(statistics.fmean(map(math.log, beside)))
-        line += f"; faster than the best peer in {ahead} of {len(beside)} (geometric mean x{mean:.2f})"
+        line += (
+            f"; of {len(beside)} comparisons with the best peer {Tally.of(beside).says()} (geometric mean x{mean:.2f})"
+        )
     return [line]
 
 

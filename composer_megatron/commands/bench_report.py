@@ -14,6 +14,11 @@ from composer_megatron.files import write_text
 _LENGTHS = tuple(2**power for power in range(11, 18))
 """Tokens, 2,048 to 131,072, between which the curve of a Composite's gain is drawn."""
 
+_SHAPES = ("350m", "1b", "3b", "8b")
+_CONTEXTS = (4096, 8192, 32_768, 131_072)
+_MEMORIES = (80 * 10**9, 141 * 10**9)
+"""Bytes of an H100 and of an H200, for the requests that fit."""
+
 if TYPE_CHECKING:
     from composer_megatron.bench.report import Results
     from composer_search.report.benchmarks import Measured
@@ -56,6 +61,8 @@ def measured(found: Results) -> Measured:
     """The results as the page takes them."""
     from composer_megatron.bench.lengths import at_ceilings, gains
     from composer_megatron.bench.report import ratios
+    from composer_megatron.commands.kv import models
+    from composer_megatron.kv import keeping
     from composer_search.report.benchmarks import Measured
 
     training = [{**row, "gpu": row["source"].gpu} for row in found.training]
@@ -82,6 +89,8 @@ def measured(found: Results) -> Measured:
     return Measured(
         training=training,
         inference=[{**row, "gpu": row["source"].gpu} for row in found.inference],
+        keeping=[vars(keeping(name, each, _CONTEXTS, _MEMORIES)) for name, each in models((), _SHAPES)],
+        trials=[{**row, "gpu": row["source"].gpu} for row in found.cache],
         kernels=[{**vars(verdict), "gpu": source.gpu} for verdict, source in found.kernels],
         search=[{**row, "gpu": row["source"].gpu} for row in found.search],
         studies=[

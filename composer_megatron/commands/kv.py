@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import asdict
 from typing import cast
 
@@ -39,12 +40,12 @@ def kv(
         check: Allocate and run the batches that are said to fit on this machine's GPU; exit status 1 if one does not.
         json: Print one JSON object for programs instead of text.
     """
-    models = _models(sequences, shapes)
+    wanted = models(sequences, shapes)
     memories = [gigabytes * _GIGABYTE for gigabytes in memory]
-    rows = [counting.keeping(name, architecture, contexts, memories) for name, architecture in models]
-    trials = _check(models, rows, memories) if check else []
+    rows = [counting.keeping(name, architecture, contexts, memories) for name, architecture in wanted]
+    trials = _check(wanted, rows, memories) if check else []
     if json:
-        print_json({"rows": [asdict(row) for row in rows], "trials": trials})
+        print_json({**_measured_here(check), "rows": [asdict(row) for row in rows], "trials": trials})
     else:
         _show(rows, contexts, memory)
     failed = [trial for trial in trials if not trial["holds"]]
@@ -57,23 +58,37 @@ def kv(
         )
 
 
-def _models(sequences: tuple[str, ...], shapes: tuple[str, ...]) -> list[tuple[str, Architecture]]:
-    """Llama and the Composites of every shape; Llama once a shape."""
+def models(sequences: tuple[str, ...], shapes: tuple[str, ...]) -> list[tuple[str, Architecture]]:
+    """Llama and the Composites of every shape, with their names; Llama once a shape.
+
+    Args:
+        sequences: Sequences or architecture files; without any, 2A4M stacked and 2A5M2A3M1A3M stretched to each shape.
+        shapes: Presets or JSON files, for sequences.
+    """
     from composer_search.extrapolate import extrapolate
 
-    models: dict[tuple[str, str], Architecture] = {}
+    found: dict[tuple[str, str], Architecture] = {}
     if not sequences:
         for shape in map(load_shape, shapes):
             stacked = extrapolate(CompositeSequence.parse("2A4M"), shape, method="stack")
             stretched = extrapolate(CompositeSequence.parse("2A5M2A3M1A3M"), shape, method="stretch")
-            found = {"llama": stacked.baseline(), "stacked": stacked, "stretched": stretched}
-            models |= {(shape.name, name): architecture for name, architecture in found.items()}
+            grown = {"llama": stacked.baseline(), "stacked": stacked, "stretched": stretched}
+            found |= {(shape.name, name): architecture for name, architecture in grown.items()}
     for source in sequences:
         given = [None] if source.endswith(".json") else shapes
         for architecture in (read_architecture(source, shape) for shape in given):
-            models.setdefault((architecture.shape.name, "llama"), architecture.baseline())
-            models[architecture.shape.name, source] = architecture
-    return [(name, architecture) for (_, name), architecture in models.items()]
+            found.setdefault((architecture.shape.name, "llama"), architecture.baseline())
+            found[architecture.shape.name, source] = architecture
+    return [(name, architecture) for (_, name), architecture in found.items()]
+
+
+def _measured_here(check: bool) -> dict[str, object]:
+    """When and on what; nothing where nothing was measured."""
+    if not check:
+        return {}
+    from composer_megatron.env import environment
+
+    return {"date": time.strftime("%Y-%m-%d"), "environment": environment()}
 
 
 def _show(rows: list[counting.Keeping], contexts: tuple[int, ...], memory: tuple[int, ...]) -> None:

@@ -9,16 +9,17 @@ from composer_megatron.bench import kernels as bench
 from composer_megatron.errors import ComposerError, UsageError
 
 
-def row(case, name, graph, note=""):
-    return {"case": case, "name": name, "graph": graph, "fraction": graph and 0.5, "note": note}
+def row(case, name, graph, note="", size=8):
+    return {"case": case, "name": name, "graph": graph, "fraction": graph and 0.5, "note": note, "bytes": size}
 
 
 RESULT = {
     "op": "swiglu",
     "rows": [
-        row("forward", "composer", 2.0),
-        row("forward", "composer inplace", 1.0),
+        row("forward", "composer inplace", 0.5),
+        row("forward", "composer", 1.0),
         row("forward", "liger", 1.5),
+        row("forward", "liger, half", 1.0, size=4),
         row("forward", "te", None, "ImportError: none"),
         row("backward", "composer", 3.0),
         row("backward", "torch", 2.4),
@@ -29,12 +30,30 @@ RESULT = {
 }
 
 
-def test_verdicts_take_the_best_of_ours_and_of_the_peers():
+def test_verdicts_take_our_row_and_the_best_peer_for_each_byte():
     forward, backward, alone, broken = bench.verdicts(RESULT)
-    assert (forward.name, forward.peer, forward.advantage) == ("composer inplace", "liger", 1.5)
+    assert (forward.name, forward.peer, forward.advantage) == ("composer", "liger", 1.5)
     assert backward.advantage == pytest.approx(0.8)
     assert (alone.peer, alone.advantage) == (None, None)
     assert (broken.seconds, broken.advantage, broken.note) == (None, None, "RuntimeError: no")
+
+
+@pytest.mark.parametrize(
+    ("op", "names", "judged"),
+    [
+        ("rope", ["quack", "te, angles", "composer", "composer, angles"], {"composer": 1, "composer, angles": 2}),
+        ("attention", ["composer", "composer triton", "cudnn itself"], {"composer triton": 3}),
+        ("attention", ["composer", "itself"], {"composer": 2}),
+        ("linear_cross_entropy", ["products alone", "liger sm90", "composer main_grad"], {"composer main_grad": 2}),
+        ("wgrad_accumulate", ["torch.mm, bf16", "te", "composer"], {"composer": 2}),
+        ("fp8", ["two passes", "composer"], {"composer": None}),
+        ("fp8", ["bf16", "fp8 rows"], {"composer": None}),
+    ],
+)
+def test_only_who_does_the_same_work_is_a_peer(op, names, judged):
+    rows = [row("a", name, float(place)) for place, name in enumerate(names, 1)]
+    found = {verdict.name: verdict.peer_seconds for verdict in bench.verdicts({"op": op, "rows": rows})}
+    assert found == judged
 
 
 def test_every_operation_of_the_checkout_has_a_benchmark():

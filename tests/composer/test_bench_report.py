@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
     ]  # fmt: skip
     write("inference-1b.json", {"rows": cells})
     kernels = [
-        {"case": "forward", "name": name, "graph": seconds, "fraction": 0.9, "note": ""}
+        {"case": "forward", "name": name, "graph": seconds, "fraction": 0.9, "note": "", "bytes": 8}
         for name, seconds in (("composer", 1e-4), ("liger", 2e-4))
     ]
     write("kernel-swiglu.json", {"op": "swiglu", "ceilings_reached_by": {"copy": "add"}, "rows": kernels})
@@ -103,7 +103,7 @@ def test_headline_figures_follow_from_the_files(folder: Path) -> None:
         "decoding 1b, batch 1, 512 tokens of context: llama 1.10 ms, stacked 1.00 ms a token",
         "x1.10 to x1.10 as fast",
         "1 operations, 1 cases, at 90% of the ceiling",
-        "faster than the best peer in 1 of 1 (geometric mean x2.00)",
+        "of 1 comparisons with the best peer faster in 1, within 1 % in 0 and slower in 0 (geometric mean x2.00)",
         "search, S=32: 2,500 candidate-steps/s with 100 candidates at once, x20.0 those of one at a time",
         "64 sequences: 1.8 h, predicted from measured steps",
     ):
@@ -119,7 +119,7 @@ def test_fractions_of_a_ceiling_that_was_measured_too_low_are_not_shown(folder: 
     found = read_results(folder)
     assert found.kernels[0][0].fraction is None
     assert found.ceilings["NVIDIA H100"]["copy"] == 3.0e12
-    assert "1 operations, 1 cases; faster than" in headline(found)
+    assert "1 operations, 1 cases; of 1 comparisons" in headline(found)
 
 
 def test_nothing_measured_is_said(tmp_path: Path) -> None:
@@ -149,6 +149,87 @@ def test_the_readme_gets_the_figures_between_its_marks(folder: Path, tmp_path: P
     readme.write_text("no marks")
     with pytest.raises(FileError, match="expected one line"):
         split_readme(readme)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What `bench report` says where it ends with status 1."""
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "report", *arguments])
+    assert end.value.code == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return " ".join(err.split())
+
+
+def test_wrong_folders_and_files_are_one_message(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "report.html"
+    assert "nowhere is no folder" in refused(capsys, str(tmp_path / "nowhere"), "--output", str(output))
+    assert not output.exists()
+    other = tmp_path / "CHANGELOG.md"
+    other.write_text("# Changes\n")
+    assert f"expected one line {BEGIN}" in refused(capsys, str(folder), "--readme", str(other))
+    assert other.read_text() == "# Changes\n"
+    assert "none.md" in refused(capsys, str(folder), "--readme", str(tmp_path / "none.md"))
+
+
+@pytest.mark.parametrize("result", [{"rows": []}, {"rows": [1]}, {"rows": [{"bytes_per_token": 8}]}, {"rows": None}])
+def test_rows_of_no_known_kind_are_left_out(folder: Path, tmp_path: Path, result: dict) -> None:
+    before = read_results(folder)
+    (folder / "unknown.json").write_text(json.dumps(result))
+    found = read_results(folder)
+    assert found.ignored == ["nvidia-h100/notes.json", "unknown.json"]
+    assert headline(found) == headline(before)
+    main(["bench", "report", str(folder), "--output", str(tmp_path / "report.html")])
+
+
+def trial(model: str, used: int | None) -> dict:
+    """A batch as `kv --check` reports it."""
+    row = {"shape": "1b", "model": model, "memory": 80 * 10**9, "holds": used is not None, "said": "", "others": 0}
+    return row | {
+        "batch": 68,
+        "context": 32_768,
+        "cache": 73_014_444_032,
+        "cache_formula": 73_014_444_032,
+        "used": used,
+    }
+
+
+def test_batches_that_were_allocated_are_shown(folder: Path) -> None:
+    file = folder / "nvidia-h100/kv.json"
+    trials = [trial("llama", 79_002_664_960), trial("stacked", None)]
+    file.write_text(json.dumps({"rows": [{"shape": "1b"}], "trials": trials, "environment": PACKAGES}))
+    found = read_results(folder)
+    assert [row["source"].kind for row in found.cache] == ["cache", "cache"]
+    page = build_page(measured(found))
+    section = page[page.index("Checked by allocation") : page.index('id="kernels"')]
+    body = section[section.index("<tbody>") :]
+    lines = [re.sub(r"<[^>]+>", " ", line).split() for line in body.split("</tr>")][:2]
+    assert [line[:2] + line[3:] for line in lines] == [
+        ["1b", "llama", "32,768", "68", "80", "79.0", "73,014,444,032", "73,014,444,032", "yes"],
+        ["1b", "stacked", "32,768", "68", "80", "out", "of", "memory", "73,014,444,032", "73,014,444,032", "no"],
+    ]
+
+
+def test_requests_that_fit_are_those_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = build_page(measured(read_results(tmp_path)))
+    main(["kv", "--contexts", "4096", "8192", "32768", "131072", "--json"])
+    section = page[page.index("Bytes of the decoding cache") :]
+    for row in json.loads(capsys.readouterr().out)["rows"]:
+        cells = section.split(f">{row['shape']} {row['model']}</th>")[1].split("</tr>")[0]
+        figures = [float(value) for value in re.findall(r'value="([^"]+)"', cells)]
+        fits = [batch for by_context in row["batches"].values() for batch in by_context.values()]
+        assert figures == [row["bytes_per_token"] / 1024, row["ratio"], *fits]
+
+
+def test_latency_is_a_grid_of_batches_and_contexts(folder: Path) -> None:
+    page = build_page(measured(read_results(folder)))
+    grid = page.split("Decoding, ms a step: 1b, NVIDIA H100</caption>")[1].split("</table>")[0]
+    body = grid.split("<tbody>")[1]
+    lines = [re.sub(r"<[^>]+>", " ", line).split() for line in body.split("</tr>")][:3]
+    assert lines == [["llama", "1", "1.100"], ["stacked", "1", "1.000", "x1.10"], ["stacked", "32", "–"]]
 
 
 def test_the_readme_holds_the_figures_of_the_results() -> None:
@@ -207,7 +288,9 @@ def test_products_in_8_bits_stand_below_the_backend_that_they_belong_to(folder: 
     ]
     file.write_text(json.dumps(result | {"rows": result["rows"] + faster}))
     said = next(line for line in headline(read_results(folder)).splitlines() if "in 8 bits" in line)
-    assert "the same with products in 8 bits (`linear=fp8`): 90.8k tokens/s (x1.250) and 82.5k tokens/s (x1.250)" in said
+    assert (
+        "the same with products in 8 bits (`linear=fp8`): 90.8k tokens/s (x1.250) and 82.5k tokens/s (x1.250)" in said
+    )
     assert said.endswith("; torch.compile's Llama 59.0k tokens/s (the Composite x1.538)")
 
 

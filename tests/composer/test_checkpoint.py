@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from composer_megatron import cli
 from composer_megatron.architecture import Architecture
 from composer_megatron.checkpoint import complete_iterations, find_checkpoint, load_run
 from composer_megatron.errors import FileError, UsageError
@@ -186,6 +187,21 @@ def test_another_model_than_the_checkpoints_is_refused(run_dir, how):
     with pytest.raises(FileError, match=message):
         load_run(run_dir)
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("arguments", [("generate", "--prompt", "x"), ("eval",)])
+def test_another_model_than_the_checkpoints_is_one_message_of_the_commands(
+    run_dir, text_folder, capsys, arguments: tuple[str, ...]
+):
+    change_architecture(run_dir, sequence="1M2A2M1A2M")
+    verb, *rest = arguments
+    texts = ["--text", str(text_folder)] if verb == "eval" else []
+    with pytest.raises(SystemExit) as end:
+        cli.main([verb, str(run_dir), *rest, *texts])
+    assert end.value.code == 1
+    said = capsys.readouterr().err
+    assert "lacks decoder.layers.7.mlp" in said
+    assert "Traceback" not in said
 
 
 def test_another_order_of_blocks_is_refused_by_the_flags(runs, tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -202,10 +203,28 @@ def test_without_the_package_a_message_says_what_to_install() -> None:
         get_backend("composer", {"activation": "quack"})
 
 
+@pytest.mark.parametrize("foreign", ["folder", "package", "file"])
+def test_another_package_of_that_name_is_no_traceback(
+    foreign: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder `quack` on the path is a package to Python, too."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "quack"]:
+        monkeypatch.delitem(sys.modules, name)
+    files = {"folder": "quack/duck.txt", "package": "quack/__init__.py", "file": "quack.py"}
+    file = tmp_path / files[foreign]
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("raise RuntimeError('it must not run')")
+    # Alone: a folder without __init__.py counts only where no package of that name is installed.
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    importlib.invalidate_caches()
+    with pytest.raises(ComposerError, match=r"activation=quack needs quack\.gemm_interface, and the .*quack-kernels"):
+        backends._within_products()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_the_kernels_on_a_gpu() -> None:
-    pytest.importorskip("quack", reason="quack is not installed")
+    pytest.importorskip("quack.gemm_interface", reason="quack is not installed")
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("quack's products are for Hopper and Blackwell")
     generator = torch.Generator("cuda").manual_seed(0)

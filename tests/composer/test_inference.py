@@ -213,8 +213,8 @@ def choose(logits: torch.Tensor, sampling: Sampling, uniform: float = 0.0) -> in
 def test_a_draw_comes_from_the_set_that_the_settings_allow(logits, temperature, top_k, top_p, uniform):
     order = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k]
     weights = np.exp((np.array([logits[i] for i in order], dtype=np.float64) - max(logits)) / temperature)
-    # The fewest that reach top_p; one more where rounding could decide.
-    reached = int(np.searchsorted(np.cumsum(weights / weights.sum()), (top_p or 1) - 1e-9)) + 1
+    # The fewest that reach top_p, and all of them without it; one more where rounding could decide.
+    reached = int(np.searchsorted(np.cumsum(weights / weights.sum()), (top_p or 1) + 1e-9)) + 1
     allowed = {order[i] for i in range(min(reached + 1, len(order)))}
     values = torch.tensor(logits)
     assert choose(values, Sampling(temperature, top_k, top_p), uniform) in allowed

@@ -109,7 +109,8 @@ def test_mistakes(capsys, arguments, message):
 def test_a_check_needs_a_gpu(capsys):
     status, _, err = run(capsys, "--check")
     assert status == 2
-    assert "--check runs on a CUDA GPU" in err
+    (said,) = err.splitlines()
+    assert "--check runs on a CUDA GPU" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -131,7 +132,10 @@ def test_a_check_says_what_was_tried(capsys, monkeypatch, used, others, status):
     monkeypatch.setattr(fit, "try_batch", try_batch)
     found, out, err = run(capsys, "2A4M", "--shapes", "1b", "--contexts", "512", "--check", "--json")
     assert found == status
-    trials = json.loads(out)["trials"]
+    found = json.loads(out)
+    trials = found["trials"]
+    assert found["environment"]["packages"]["torch"]
+    assert len(found["date"]) == len("2026-11-23")
     assert [(trial["model"], trial["memory"], trial["holds"]) for trial in trials] == [
         ("llama", 80 * 10**9, status == 0),
         ("2A4M", 80 * 10**9, status == 0),  # 141 GB this GPU does not have

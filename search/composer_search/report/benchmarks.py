@@ -10,11 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from composer_megatron.architecture import Architecture
-from composer_megatron.sequence import CompositeSequence
-from composer_megatron.shape import PRESETS
-from composer_search.extrapolate import extrapolate
 from composer_search.report.charts import Axis, glyph, legend_item, percent, plot, stretched
+from composer_search.report.decoding import cache, latency
 from composer_search.report.markup import (
     Column,
     Markup,
@@ -26,6 +23,7 @@ from composer_search.report.markup import (
     join,
     sequence_text,
     table,
+    tall,
 )
 from composer_search.report.shell import fill_page
 
@@ -33,12 +31,6 @@ Row = Mapping[str, Any]
 
 _PARTS = ("gemm", "attention", "elementwise", "loss", "optimizer", "copies", "communication", "idle")
 """Of a step, in the order in which bars show them; each has the colour of its place."""
-
-_MEMORIES = (80e9, 141e9)
-"""Bytes of an H100 and of an H200."""
-
-_CONTEXTS = (4096, 8192, 32_768, 131_072)
-_GROWN = (("stacked", "2A4M", "stack"), ("stretched", "2A5M2A3M1A3M", "stretch"))
 
 
 @dataclass(frozen=True)
@@ -48,6 +40,8 @@ class Measured:
     Attributes:
         training: Rows of the training benchmark, each with the name of its GPU under ``gpu``.
         inference: Rows of the inference benchmark, likewise.
+        keeping: What decoding keeps of each model, and the requests that fit, as `cache` takes them.
+        trials: Batches that were allocated to confirm that, each with its ``gpu``.
         kernels: Our best row of each case beside the best peer's: op, case, name, seconds, fraction, peer, advantage,
             note, gpu.
         search: Rows of the search benchmark, likewise.
@@ -62,6 +56,8 @@ class Measured:
 
     training: Sequence[Row]
     inference: Sequence[Row]
+    keeping: Sequence[Row]
+    trials: Sequence[Row]
     kernels: Sequence[Row]
     search: Sequence[Row]
     studies: Sequence[str]
@@ -79,8 +75,8 @@ def build_page(measured: Measured) -> str:
         ("ratio", "What a Composite gains in training, by sequence length", _ratio),
         ("training", "Training throughput", _training),
         ("roofline", "Where a step's time goes", _roofline),
-        ("latency", "Prefill and decoding", _latency),
-        ("cache", "Cache", _cache),
+        ("latency", "Prefill and decoding", lambda measured: latency(measured.inference)),
+        ("cache", "Cache", lambda measured: cache(measured.keeping, measured.trials, measured.inference)),
         ("kernels", "Kernels beside their peers", _kernels),
         ("search", "Candidates trained at once", _search),
         ("sources", "Where the figures come from", _sources),
@@ -158,7 +154,7 @@ def _gains(measured: Measured) -> Markup:
         Column("at the ceilings", numeric=True, meaning="of what both models would take at the GPU's ceilings"),
     ]
     rows = [[name, integer(length), *map(cell, figures)] for name, length, *figures in measured.gains]
-    return _tall(table("Measured gains beside those that the parts give", columns, rows, sortable=True))
+    return tall(table("Measured gains beside those that the parts give", columns, rows, sortable=True))
 
 
 def _octaves(lengths: Iterable[int]) -> Axis:
@@ -189,12 +185,7 @@ def _training(measured: Measured) -> Markup | Missing:
         Column("Note"),
     ]
     order = sorted(measured.training, key=lambda row: (row["gpu"], row["shape"], row["seq_len"], row["backend"]))
-    return _tall(table("Training throughput", columns, map(_training_row, order), sortable=True))
-
-
-def _tall(long_table: Markup) -> Markup:
-    """A table that scrolls in place."""
-    return element("div", long_table, class_="tall")
+    return tall(table("Training throughput", columns, map(_training_row, order), sortable=True))
 
 
 def _training_row(row: Row) -> list[str]:
@@ -262,88 +253,6 @@ def _bar(name: str, row: Row, which: str, longest: float) -> Markup:
     return element("div", head, element("div", drawing, class_="strips"), class_="bar")
 
 
-def _latency(measured: Measured) -> Markup | Missing:
-    if not measured.inference:
-        return Missing("no result of the inference benchmark")
-    columns = [
-        Column("Model"),
-        Column("GPU"),
-        Column("Batch", numeric=True),
-        Column("Context", numeric=True),
-        Column("Prefill ms", numeric=True),
-        Column("Decode ms", numeric=True, meaning="a step, in a CUDA graph"),
-        Column("launched", numeric=True, meaning="a step, kernel by kernel, in ms"),
-        Column("of copy", numeric=True, meaning="of the copy bandwidth"),
-        Column("over Llama", numeric=True, meaning="Llama's decoding time over this one's"),
-        Column("Cache MB", numeric=True),
-        Column("Note"),
-    ]
-    return _tall(table("Prefill and decoding", columns, map(_latency_row, measured.inference), sortable=True))
-
-
-def _latency_row(row: Row) -> list[str]:
-    def cell(name: str, digits: int, scale: float = 1.0) -> str:
-        return decimal(scale * row[name], digits) if row.get(name) is not None else Markup("–")
-
-    figures = (
-        cell("prefill", 2, 1e3),
-        cell("graph", 3, 1e3),
-        cell("eager", 3, 1e3),
-        cell("fraction", 3),
-        cell("advantage", 3),
-        cell("cache", 1, 1e-6),
-    )
-    name = f"{row['shape']} {row['model']}"
-    return [name, row["gpu"], integer(row["batch"]), integer(row["context"]), *figures, row.get("note") or ""]
-
-
-def _cache(measured: Measured) -> Markup:
-    """Exact counts, with what a GPU has left beside the weights; measured rows confirm the bytes."""
-    columns = [
-        Column("Model"),
-        Column("Sequence"),
-        Column("KiB a token", numeric=True),
-        Column("over Llama", numeric=True),
-    ]
-    columns += [
-        Column(f"{context // 1024}k, {memory / 1e9:.0f} GB", numeric=True, meaning="sequences of that length that fit")
-        for memory in _MEMORIES
-        for context in _CONTEXTS
-    ]
-    rows = []
-    for name in ("350m", "1b", "3b", "8b"):
-        shape = PRESETS[name]
-        llama = Architecture(CompositeSequence("AM" * shape.baseline_pairs), shape)
-        models = {"llama": llama}
-        models |= {
-            word: extrapolate(CompositeSequence.parse(text), shape, method="stack" if how == "stack" else "stretch")
-            for word, text, how in _GROWN
-        }
-        rows += [_cache_row(f"{name} {word}", model, llama) for word, model in models.items()]
-    compared = [row for row in measured.inference if row.get("cache") and row.get("cache_formula")]
-    equal = sum(row["cache"] == row["cache_formula"] for row in compared)
-    words = (
-        f"Measured: {equal} of {len(compared)} allocated caches have exactly the bytes of the formula."
-        if compared
-        else ""
-    )
-    note = element(
-        "p", f"bf16; weights in bf16 are taken off the GPU's memory, nothing else is. {words}", class_="note"
-    )
-    return join([table("Bytes of the decoding cache", columns, rows, sortable=True), note])
-
-
-def _cache_row(name: str, model: Architecture, llama: Architecture) -> list[str]:
-    a_token, baseline = model.kv_bytes_per_token(), llama.kv_bytes_per_token()
-    fits = [
-        integer(max(0, int((memory - 2 * model.params_total) // (context * a_token))))
-        for memory in _MEMORIES
-        for context in _CONTEXTS
-    ]
-    first = (name, sequence_text(model.sequence.notation), decimal(a_token / 1024, 0), decimal(baseline / a_token, 3))
-    return [*first, *fits]
-
-
 def _kernels(measured: Measured) -> Markup | Missing:
     if not measured.kernels:
         return Missing("no result of composer-megatron bench kernels")
@@ -366,7 +275,7 @@ def _kernels(measured: Measured) -> Markup | Missing:
         rows.append(
             [row["op"], row["case"], row["gpu"], *cells[:2], row.get("peer") or "–", cells[2], row.get("note") or ""]
         )
-    return _tall(table("Kernels", columns, rows, sortable=True))
+    return tall(table("Kernels", columns, rows, sortable=True))
 
 
 def _search(measured: Measured) -> Markup | Missing:

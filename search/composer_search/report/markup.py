@@ -109,6 +109,11 @@ def table(caption: str, columns: Sequence[Column], rows: Iterable[Sequence[str]]
     return element("div", whole, class_="scroll", role="region", aria_label=caption, tabindex=0)
 
 
+def tall(long_table: Markup) -> Markup:
+    """A table that scrolls in place."""
+    return element("div", long_table, class_="tall")
+
+
 def definitions(pairs: Iterable[tuple[str, str]]) -> Markup:
     """A list of names and values."""
     rows = (element("div", element("dt", name), element("dd", value)) for name, value in pairs)
