@@ -27,11 +27,11 @@ from composer_megatron.inference.cache import LayerCache, cache_bytes, make_cach
 from composer_megatron.inference.limits import SPARE
 from composer_megatron.inference.weights import Block, Weights
 
-FUSED_ROWS = 4
-"""Requests up to which one kernel for norm, product and SwiGLU pays; an estimate between two that were measured.
+FUSED_ROWS = 1
+"""Requests up to which one kernel for norm, product and SwiGLU is known to pay.
 
 With one request a step of the 1b takes 1.08 ms on an H100, and 1.30 with cuBLAS; with eight 7.0 and 1.37
-(`benchmarks/bench_inference.py`).
+(`benchmarks/bench_inference.py`). Between them cuBLAS can lose little, and the kernel's time is not known.
 """
 
 OVERLAP: Overlap = "tail"
