@@ -7,9 +7,10 @@ so that a whole block of a model takes two calls beside its attention. Sums are 
 
 Bytes: W once, 2NK (4NK with a gate) in 16 bits; everything else is small. FLOPs are 1 for each byte and row, on the
 scalar units, which would leave memory to decide up to `MOST_ROWS`. With one row it does; with eight the kernel is far
-from it: a decoding step of a 1b takes 7.0 ms on an H100 where cuBLAS takes 1.4. Between them nothing was measured. A
-program takes some rows of W whole, so that no partial sums go through memory; the norm's factor is the same for all of a
-row's products and multiplies their sum at the end, so that no program waits for it before it streams.
+from it: a decoding step of a 1b takes 7.0 ms on an H100 where cuBLAS takes 1.4. Between them nothing was measured.
+
+A program takes some rows of W whole, so that no partial sums go through memory; the norm's factor is the same for all
+of a row's products and multiplies their sum at the end, so that no program waits for it before it streams.
 
 A block of W is on its way while the one before is summed. The first needs nothing of the kernel before, and can be
 loaded while that one ends (`composer_kernels.overlap`).
