@@ -1,4 +1,4 @@
-"""The benchmark scripts without a GPU: tiny shapes on the CPU, clocks that return a constant."""
+"""Failures are named as they come. The benchmark scripts without a GPU: tiny shapes, clocks that return a constant."""
 
 import importlib
 import json
@@ -10,6 +10,27 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and not hasattr(config, "workerinput"):  # not in processes of xdist
+        config.pluginmanager.register(FailuresAsTheyCome(terminal))
+
+
+class FailuresAsTheyCome:
+    """Prints a failure at once, so that a run that a time limit cuts off has named what failed."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)  # where, and the message
+            self.terminal.ensure_newline()
+            self.terminal.write_line(f"failed: {report.nodeid} ({report.when}) {crash or report.longreprtext}")
+
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 CLOCK = 1e-3
