@@ -68,7 +68,7 @@ class Results:
         cache: Batches that ``kv --check`` allocated and decoded.
         search: Rows of ``bench_search.py``: seconds of a candidate-step, and the advantage over one at a time.
         studies: Its predictions of whole studies, from steps that it measured: ``study`` and ``hours``.
-        kernels: Our best row of each case of each kernel beside the best peer's, with its source.
+        kernels: Rows of ours of each kernel and case beside the best peer of the same work, with their source.
         ceilings: Of the GPUs, by name: copy bandwidth and GEMM rate.
         sources: Files that hold results.
         ignored: Files that hold none.
@@ -295,17 +295,15 @@ def _inference_lines(results: Results, gpu: str) -> list[str]:
             cells = {row["model"]: row for row in alone if row["context"] == shortest}
             times = ", ".join(f"{name} {1e3 * row['graph']:.2f} ms" for name, row in cells.items())
             lines.append(f"decoding {shape}, batch 1, {shortest:,} tokens of context: {times} a token")
-        gains = [row["advantage"] for row in rows if row["shape"] == shape and row.get("advantage") and _grown(row)]
-        if gains:
+        grown = [row for row in rows if row["shape"] == shape and row.get("advantage") and row["model"] != "llama"]
+        if grown:
+            gains = [row["advantage"] for row in grown]
+            places = len({(row["batch"], row["context"]) for row in grown})
             lines.append(
-                f"decoding {shape} over {len(gains)} cells of batch and context: the Composites x{min(gains):.2f} to "
+                f"decoding {shape} over {places} cells of batch and context: the Composites x{min(gains):.2f} to "
                 f"x{max(gains):.2f} as fast as Llama"
             )
     return lines
-
-
-def _grown(row: Row) -> bool:
-    return bool(row["model"] != "llama")
 
 
 def _kernel_lines(results: Results, gpu: str) -> list[str]:

@@ -101,7 +101,7 @@ def test_headline_figures_follow_from_the_files(folder: Path) -> None:
         "torch.compile's Llama 59.0k tokens/s (the Composite x1.231), backend composer",
         "x1.200",
         "decoding 1b, batch 1, 512 tokens of context: llama 1.10 ms, stacked 1.00 ms a token",
-        "x1.10 to x1.10 as fast",
+        "decoding 1b over 1 cells of batch and context: the Composites x1.10 to x1.10 as fast as Llama",
         "1 operations, 1 cases, at 90% of the ceiling",
         "of 1 comparisons with the best peer faster in 1, within 1 % in 0 and slower in 0 (geometric mean x2.00)",
         "search, S=32: 2,500 candidate-steps/s with 100 candidates at once, x20.0 those of one at a time",

@@ -42,8 +42,8 @@ class Measured:
         inference: Rows of the inference benchmark, likewise.
         keeping: What decoding keeps of each model, and the requests that fit, as `cache` takes them.
         trials: Batches that were allocated to confirm that, each with its ``gpu``.
-        kernels: Our best row of each case beside the best peer's: op, case, name, seconds, fraction, peer, advantage,
-            note, gpu.
+        kernels: Rows of ours in each case beside the best peer of the same work: op, case, name, seconds, fraction,
+            peer, advantage, note, gpu.
         search: Rows of the search benchmark, likewise.
         studies: What whole studies would take, a sentence each.
         ratios: A Composite's tokens/s over Llama's by sequence length, under a name for the legend.

@@ -48,8 +48,11 @@ PREPARED_NUMBERS = 1024
 """Numbers of each part that are turned at once, PREPARED positions."""
 
 REGISTERS = 128
-"""Of a thread in the backward pass, for heads of 8 channels in 16 bits. Left alone it takes 163, of which a
-multiprocessor of an H100 holds three programs; so it holds four, and six numbers go to memory once a tile of keys."""
+"""Of a thread in the backward pass, for heads of 8 channels in 16 bits.
+
+Left alone it takes 163, of which a multiprocessor of an H100 holds three programs. So it holds four, and six numbers go
+to memory once a tile of keys: 2.51 ns a token instead of 2.80 at 128 positions, 3.18 instead of 3.40 at 256.
+"""
 
 
 @triton.jit
