@@ -132,7 +132,7 @@ def tune_norm(rows: int, width: int, run: Session, stream: torch.dtype | None = 
     """Time launches of both kernels, best first; those of `add_rms_norm` where `stream` is a residual's type."""
     sets = [draw(rows, width) for _ in range(set_count(4 * rows * width))]
     xs, weight = [inputs.leaves[0].detach() for inputs in sets], sets[0].leaves[1].detach()
-    residuals = [None if stream is None else torch.randn(rows, width, device="cuda").to(stream) for _ in sets]
+    residuals, of_stream = ([_like_stream(rows, width, stream) for _ in sets] for _ in range(2))
     _, _, rstd = _norm.launch_forward(xs[0], residuals[0], weight, EPS, False, BF16)
     copy_dtype = BF16 if stream == torch.float32 else None
     kind = "" if stream is None else f", {str(stream).removeprefix('torch.')} stream"
@@ -144,7 +144,7 @@ def tune_norm(rows: int, width: int, run: Session, stream: torch.dtype | None = 
         residual = residuals[index]
         total = xs[index] if residual is None else residual
         settings = (rstd, False, True, None, copy_dtype, launch)
-        return _norm.launch_backward(sets[index].grads[0], residual, total, weight, *settings)
+        return _norm.launch_backward(sets[index].grads[0], of_stream[index], total, weight, *settings)
 
     size, elements = 0 if stream is None else stream.itemsize, rows * width
     moved = {
@@ -158,6 +158,10 @@ def tune_norm(rows: int, width: int, run: Session, stream: torch.dtype | None = 
     }
     for name, how in run.chosen(cases).items():
         yield from tune(f"{name} {rows} x {width}{kind}", moved[name], run.limits.copy, *how)
+
+
+def _like_stream(rows: int, width: int, stream: torch.dtype | None) -> Tensor | None:
+    return None if stream is None else torch.randn(rows, width, device="cuda").to(stream)
 
 
 def main() -> None:

@@ -229,20 +229,33 @@ def _training_lines(results: Results, gpu: str) -> list[str]:
     backends = {row["backend"] for row in rows if row.get("tokens_per_second")}
     ours = OURS if OURS in backends else min(backends, default=None)
     lines = []
-    for shape, length in sorted({(row["shape"], row["seq_len"]) for row in rows if row["model"] == "llama"}):
-        cell = [row for row in rows if (row["shape"], row["seq_len"]) == (shape, length)]
-        pair = _pair(cell, ours)
-        if pair is None:
+    for shape in sorted({row["shape"] for row in rows if row["model"] == "llama"}):
+        of_shape = [row for row in rows if row["shape"] == shape]
+        cells = {length: [row for row in of_shape if row["seq_len"] == length] for length in _lengths(of_shape)}
+        pairs = {length: pair for length, cell in cells.items() if (pair := _pair(cell, ours)) is not None}
+        if not pairs:
             continue
-        stacked, llama = pair
-        gain = stacked["tokens_per_second"] / llama["tokens_per_second"]
-        line = f"training {shape} at {length:,} tokens: {_thousands(stacked)} with the Composite, {_thousands(llama)} "
-        rates = " and ".join(f"{row['tflops']:.0f}{_mfu(row)}" for row in pair)
-        line += f"with Llama (x{gain:.3f}), {rates} TFLOP/s"
-        lines.append(f"{line}{_beside_peer(cell, stacked)}, backend {ours}")
+        first = next((length for length, pair in pairs.items() if _beside_peer(cells[length], pair[0])), min(pairs))
+        stacked, llama = pairs.pop(first)
+        rates = " and ".join(f"{row['tflops']:.0f}{_mfu(row)}" for row in (stacked, llama))
+        lines.append(
+            f"training {shape} at {first:,} tokens: {_thousands(stacked)} with the Composite, {_thousands(llama)} with "
+            f"Llama ({_gain(stacked, llama)}), {rates} TFLOP/s{_beside_peer(cells[first], stacked)}, backend {ours}"
+        )
         if ours == OURS:
-            lines += [said for name in VARIANTS if (said := _variant(cell, name)) is not None]
+            lines += [said for name in VARIANTS if (said := _variant(cells[first], name)) is not None]
+        if pairs:
+            others = (f"{_thousands(a)} at {length:,} ({_gain(a, b)})" for length, (a, b) in pairs.items())
+            lines.append(f"training {shape} by length, the Composite and its gain over Llama: {', '.join(others)}")
     return lines
+
+
+def _lengths(rows: Sequence[Row]) -> list[int]:
+    return sorted({row["seq_len"] for row in rows})
+
+
+def _gain(row: Row, other: Row) -> str:
+    return f"x{row['tokens_per_second'] / other['tokens_per_second']:.3f}"
 
 
 def _pair(rows: Sequence[Row], backend: str | None) -> tuple[Row, Row] | None:
@@ -263,7 +276,7 @@ def _variant(rows: Sequence[Row], backend: str) -> str | None:
     said = []
     for row in pair:
         plain = rate(rows, backend=OURS, model=row["model"], source=row["source"])
-        gain = "" if plain is None else f" (x{row['tokens_per_second'] / plain['tokens_per_second']:.3f})"
+        gain = "" if plain is None else f" ({_gain(row, plain)})"
         said.append(f"{_thousands(row)}{gain}")
     return f"the same {VARIANTS[backend]}: {' and '.join(said)}{_beside_peer(rows, pair[0])}"
 
@@ -273,8 +286,7 @@ def _beside_peer(rows: Sequence[Row], stacked: Row) -> str:
     peer = rate(rows, backend=PEER, model="llama", source=stacked["source"])
     if peer is None or stacked["backend"] == PEER:
         return ""
-    gain = stacked["tokens_per_second"] / peer["tokens_per_second"]
-    return f"; torch.compile's Llama {_thousands(peer)} (the Composite x{gain:.3f})"
+    return f"; torch.compile's Llama {_thousands(peer)} (the Composite {_gain(stacked, peer)})"
 
 
 def _thousands(row: Row) -> str:

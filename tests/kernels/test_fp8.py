@@ -229,18 +229,17 @@ def test_cublas_multiplies_what_stands_there(m, whole, fast, out_dtype, device):
 
 
 @needs_gpu
-@pytest.mark.parametrize(("fast", "bound"), [(True, 0.05), (False, 2**-8 + 1e-3)])
-def test_long_sums_of_positive_numbers(fast, bound, device):
-    """The worst case for units that cut sums off: 16,384 terms that all add up, 32 at a time.
+@pytest.mark.parametrize(("terms", "fast", "bound"), [(2048, True, 0.05), (16_384, True, 0.3), (16_384, False, 5e-3)])
+def test_long_sums_of_positive_numbers(terms, fast, bound, device):
+    """The worst case for units that cut off each product at 2^-13 of the sum so far: terms that all add up.
 
-    Cutting at 2^-13 of the sum (14 bits) after each of 512 additions, half of that on average, loses up to 3 %. Without
-    `fast` partial sums go to fp32 every few additions, and what remains is the rounding of the result to bfloat16.
+    An emulation of such units loses 3.4 % of 2,048 terms, 22 % of 16,384; an H100 lost 23 % of these. Without `fast`
+    partial sums go to fp32 every few additions, and what remains is the rounding of the result to bfloat16, 2^-8.
     """
-    a, b = (fp8.quantise(draw(64, 16_384, BF16, device, seed).abs()) for seed in (0, 1))
+    a, b = (fp8.quantise(draw(64, terms, BF16, device, seed).abs()) for seed in (0, 1))
     found = fp8.matmul(a, b, fast=fast)
     wanted = fp8.dequantise(a).double() @ fp8.dequantise(b).double().t()
     lost = 1 - found.double() / wanted
-    print(f"fast {fast}: loses {lost.mean().item():.2e} on average, {lost.abs().max().item():.2e} at most")
     assert lost.abs().max() < bound
 
 

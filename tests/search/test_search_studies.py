@@ -25,7 +25,7 @@ def tool(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "search_studies", module)  # dataclasses look there
     spec.loader.exec_module(module)
-    sizes = {"PROPOSED": 3, "BATCH": 2, "SEEDS": 2, "PROPOSERS": ("random",), "REPLAYS": 1, "DRAWS": 1}
+    sizes = {"PROPOSED": 3, "BATCH": 2, "SEEDS": 2, "PROPOSERS": ("random",), "REPLAYS": 1, "DRAWS": 1, "VOTES": 20}
     for name, value in {**sizes, "KNOWN": module.KNOWN[:1]}.items():
         monkeypatch.setattr(module, name, value)
 
