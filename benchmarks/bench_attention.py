@@ -3,6 +3,7 @@
 The ceiling is the GEMM rate of this GPU, the work 4 · d FLOPs forward and 10 · d backward for each pair of query and
 key that see each other. "composer" is what `attention` chooses; "composer NAME" what it does with that backend;
 "NAME itself" calls the implementation as its own documentation does, so that the difference is what our call costs.
+Times in a graph are those of all contenders in turns, as clocks change by more than some of these differ.
 """
 
 from __future__ import annotations
@@ -203,12 +204,13 @@ def _transformer_engine(shape: Shape) -> Operation:
 
 
 def compare(shape: Shape, run: Session) -> Iterator[Row]:
-    """Time all contenders, forward and backward; in the end once more what they cost beside each other."""
+    """Time all contenders, forward and backward: each alone, then in graphs in turns."""
     sets = [draw(shape) for _ in range(set_count(shape.bytes))]
     choice = choose_attention(*sets[0].leaves, **shape.options)
     print(f"{shape}: {choice.name}; cannot: {'; '.join(f'{name} {why}' for name, why in choice.rejected)}")
     limit = run.limits.gemm or 1.0
     timed: dict[str, Operation] = {}
+    rows: dict[tuple[str, str], Row] = {}
     for name, load in run.chosen(contenders(shape)).items():
         try:
             timed[name] = load()
@@ -224,21 +226,24 @@ def compare(shape: Shape, run: Session) -> Iterator[Row]:
             row = contend(f"{direction} {shape}", name, moved, limit, calls, work=work, error=error)
             if row.graph is None:
                 timed.pop(name, None)
-            yield row
-    yield from _beside_itself(shape, choice.name, timed, sets)
-
-
-def _beside_itself(shape: Shape, chosen: str, timed: dict[str, Operation], sets: Sequence[Inputs]) -> Iterator[Row]:
-    """The choice through our call and by its own, in turns: what the call costs is less than the clocks change."""
-    pair = {"composer": timed.get("composer"), "itself": timed.get(f"{chosen} itself".replace("_", " "))}
-    if None in pair.values():
-        return
-    for direction, make in (("forward", forward_call), ("backward", backward_call)):
-        seconds = in_turns(
-            {name: [make(operation, each) for each in sets] for name, operation in pair.items() if operation}
-        )
+                yield row
+            else:
+                rows[direction, name] = row
+    for direction, make, factor in (("forward", forward_call, 1.0), ("backward", backward_call, 2.5)):
+        seconds = in_turns({name: [make(operation, each) for each in sets] for name, operation in timed.items()})
         for name, value in seconds.items():
-            yield Row(f"{direction} in turns {shape}", name, shape.bytes, graph=value, note=chosen)
+            row = rows.pop((direction, name))
+            row.graph, row.fraction = value, factor * shape.flops / limit / value
+            yield row
+        yield from _beside_itself(f"{direction} in turns {shape}", shape.bytes, choice.name, seconds)
+    yield from rows.values()  # forward of who cannot go backward
+
+
+def _beside_itself(case: str, moved: float, chosen: str, seconds: dict[str, float]) -> Iterator[Row]:
+    """The choice through our call and by its own."""
+    for name, timed in (("composer", "composer"), ("itself", f"{chosen} itself".replace("_", " "))):
+        if {"composer", timed} <= seconds.keys():
+            yield Row(case, name, moved, graph=seconds[timed], note=chosen)
 
 
 def _call_on(

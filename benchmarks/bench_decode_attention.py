@@ -58,7 +58,10 @@ SHAPES = [
 
 @dataclass
 class Inputs:
-    """What one call works on; the caches have room for one more token than the requests hold."""
+    """What one call works on; the caches have room for one more token than the requests hold.
+
+    `pages` holds the same keys and values once more, in pages in random order, and their table.
+    """
 
     q: Tensor
     k: Tensor
@@ -66,6 +69,7 @@ class Inputs:
     lengths: Tensor
     new: tuple[Tensor, Tensor]
     rotation: Rotation
+    pages: tuple[Tensor, Tensor, Tensor]
 
     @classmethod
     def draw(cls, shape: Shape) -> Inputs:
@@ -75,22 +79,28 @@ class Inputs:
             return torch.randn(*size, device="cuda", dtype=BF16)
 
         heads = (shape.batch, shape.kv_heads, shape.dim)
-        caches = (normal(shape.batch, shape.tokens + shape.page, *heads[1:]) for _ in range(2))
+        k, v = (normal(shape.batch, shape.tokens + shape.page, *heads[1:]) for _ in range(2))
         angles = torch.randn(shape.tokens + 1, shape.dim // 2, device="cuda")
         return cls(
             normal(shape.batch, shape.kv_heads * shape.group, shape.dim),
-            *caches,
+            k,
+            v,
             torch.full((shape.batch,), shape.tokens, device="cuda", dtype=torch.int32),
             (normal(*heads), normal(*heads)),
             Rotation(angles.cos(), angles.sin(), False),
+            paged(k, v, shape.page),
         )
 
-    def paged(self, page: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The same memory seen as pages, and their table."""
-        pages = self.k.shape[1] // page
-        table = torch.arange(len(self.q) * pages, device="cuda", dtype=torch.int32).view(len(self.q), pages)
-        k, v = (cache[:, : pages * page].reshape(-1, page, *cache.shape[2:]) for cache in (self.k, self.v))
-        return k, v, table
+
+def paged(k: Tensor, v: Tensor, page: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Caches (batch, tokens, heads, width) as pages (pages, page, heads, width), and their table (batch, pages)."""
+    count = k.shape[1] // page
+    places = torch.randperm(len(k) * count, device="cuda")
+    found = []
+    for cache in (k, v):
+        pages = cache[:, : count * page].reshape(-1, page, *cache.shape[2:])
+        found.append(torch.empty_like(pages).index_copy_(0, places, pages))
+    return found[0], found[1], places.int().view(len(k), count)
 
 
 Attend = Callable[[Inputs], Tensor]
@@ -99,9 +109,9 @@ Attend = Callable[[Inputs], Tensor]
 def contenders(shape: Shape) -> dict[str, Callable[[], Attend]]:
     """Everyone who attends to a cache; imports happen when called, as peers may be absent."""
 
-    def paged() -> Attend:
+    def in_pages() -> Attend:
         def attend(x: Inputs) -> Tensor:
-            k, v, table = x.paged(shape.page)
+            k, v, table = x.pages
             return decode_attention(x.q, k, v, x.lengths, page_table=table)
 
         return attend
@@ -110,7 +120,7 @@ def contenders(shape: Shape) -> dict[str, Callable[[], Attend]]:
         function = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
 
         def attend(x: Inputs) -> Tensor:
-            k, v, table = x.paged(shape.page)
+            k, v, table = x.pages
             result = function(x.q[:, None], k, v, seqused_k=x.lengths, page_table=table, num_splits=0)
             return (result[0] if isinstance(result, tuple) else result)[:, 0]
 
@@ -130,7 +140,7 @@ def contenders(shape: Shape) -> dict[str, Callable[[], Attend]]:
 
     return {
         "composer": lambda: lambda x: decode_attention(x.q, x.k, x.v, x.lengths),
-        "composer paged": paged,
+        "composer paged": in_pages,
         "fa4 split-KV": fa4,
         "fa3": partial(with_cache, "flash_attn_interface"),
         "fa2": partial(with_cache, "flash_attn"),
@@ -212,13 +222,13 @@ def tune_decode(shape: Shape, run: Session) -> Iterator[Row]:
     def contiguous(index: int, launch: Launch) -> Sequence[Tensor]:
         return decode(sets[index], sets[index].k, sets[index].v, None, launch)
 
-    def paged(index: int, launch: Launch) -> Sequence[Tensor]:
-        return decode(sets[index], *sets[index].paged(shape.page), launch)
+    def in_pages(index: int, launch: Launch) -> Sequence[Tensor]:
+        return decode(sets[index], *sets[index].pages, launch)
 
     def near(best: Launch) -> Iterator[Launch]:
         return (dataclasses.replace(best, splits=max(1, round(best.splits * f))) for f in (0.75, 1.25, 1.5))
 
-    for name, call in run.chosen({"attend": contiguous, "paged": paged}).items():
+    for name, call in run.chosen({"attend": contiguous, "paged": in_pages}).items():
         case = f"{name} {shape}"
         yield from tune(case, shape.bytes, run.limits.read, call, _default(shape), launches(shape), near)
 

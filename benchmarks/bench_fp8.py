@@ -13,6 +13,7 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from session import session
@@ -20,7 +21,12 @@ from timing import Call, Row, contend, host_seconds, measure, relative_error, se
 from torch import Tensor
 
 from composer_kernels import fp8
-from composer_kernels.fp8_swiglu import quantised_swiglu, quantised_swiglu_gradient
+from composer_kernels.fp8_swiglu import (
+    quantised_swiglu,
+    quantised_swiglu_gradient,
+    quantised_swiglu_gradient_reference,
+    quantised_swiglu_reference,
+)
 from composer_kernels.wgrad_accumulate import wgrad_accumulate
 
 swiglu = importlib.import_module("composer_kernels.swiglu")  # the package's attribute of that name is the function
@@ -101,16 +107,17 @@ ADDING: dict[str, Product] = {"bf16, added": sixteen_bits_added, "fp8 one, added
 def products(shape: Shape, contenders: dict[str, Product], gemm_rate: float, *, quick: bool) -> Iterator[Row]:
     """Time the three products of a layer."""
     for name, (m, n, k) in shape.products().items():
-        a, b = (torch.randn(size, k, device="cuda", dtype=BF16) for size in (m, n))
-        exact = a[:CHECKED].double() @ b.double().t()
+        count = set_count(m * k + n * k + 2 * m * n)
+        sets = [[torch.randn(size, k, device="cuda", dtype=BF16) for size in (m, n)] for _ in range(count)]
+        exact = sets[0][0][:CHECKED].double() @ sets[0][1].double().t()
         for label, prepare in contenders.items():
             row = Row(f"{name} {m} x {n} x {k}", label, 2 * (m * k + n * k + m * n))
             if label in ADDING and name != "dW":
                 continue
             try:
-                call = prepare(a, b)
-                row.error = relative_error(call()[:CHECKED], exact) if label not in ADDING else None
-                row.graph = measure([call], graph=True, seconds=0.04 if quick else 0.15)
+                calls = [prepare(a, b) for a, b in sets]
+                row.error = relative_error(calls[0]()[:CHECKED], exact)  # accumulators are 0 before the first call
+                row.graph = measure(calls, graph=True, seconds=0.04 if quick else 0.15)
                 row.fraction = 2 * m * n * k / gemm_rate / row.graph
             except Exception as failure:  # a product that this GPU or this PyTorch lacks
                 row.note = f"{type(failure).__name__}: {failure}"[:160]
@@ -137,29 +144,46 @@ def kernels(rows: int, width: int, limit: float) -> Iterator[Row]:
 
 
 def gates(rows: int, width: int, limit: float) -> Iterator[Row]:
-    """Time SwiGLU and its gradient in 8 bits, beside the passes over 16 bits that they replace."""
+    """Time SwiGLU and its gradient in 8 bits, beside the passes over 16 bits that they replace.
+
+    Errors are those against the formula in PyTorch, with its one rounding to 8 bits.
+    """
     size = rows * width
     sets = [torch.randn(rows, 3 * width, device="cuda", dtype=BF16).split((2 * width, width), 1) for _ in range(2)]
     sets = [(h.contiguous(), dy.contiguous()) for h, dy in sets]
 
-    def forward(index: int) -> Call:
+    def forward(index: int) -> Callable[[], Any]:
         return functools.partial(quantised_swiglu, sets[index % 2][0])
 
-    def backward(index: int) -> Call:
+    def backward(index: int) -> Callable[[], Any]:
         return functools.partial(quantised_swiglu_gradient, sets[index % 2][1], sets[index % 2][0])
 
-    def two_passes(index: int) -> Call:
+    def two_passes(index: int) -> Callable[[], fp8.Rows]:
         return lambda: fp8.quantise(swiglu.swiglu(sets[index % 2][0]))
 
-    def two_passes_back(index: int) -> Call:
+    def two_passes_back(index: int) -> Callable[[], fp8.Rows]:
         h, dy = sets[index % 2]
         return lambda: fp8.quantise(swiglu.launch_backward(dy, h, None, None)[0])
 
-    name = f"{rows} x {width}"
-    yield contend(f"swiglu {name}", "composer", 5 * size, limit, forward)
-    yield contend(f"swiglu {name}", "two passes", 5 * size, limit, two_passes)
-    yield contend(f"swiglu gradient {name}", "composer", 8 * size, limit, backward)
-    yield contend(f"swiglu gradient {name}", "two passes", 8 * size, limit, two_passes_back)
+    h, dy = (tensor[:CHECKED] for tensor in sets[0])
+    exact = fp8.dequantise(quantised_swiglu_reference(h).rows)
+    exact_back = fp8.dequantise(quantised_swiglu_gradient_reference(dy, h).rows)
+
+    cases: dict[str, tuple[int, Tensor, dict[str, Callable[[int], Callable[[], Any]]]]] = {
+        "swiglu": (5, exact, {"composer": forward, "two passes": two_passes}),
+        "swiglu gradient": (8, exact_back, {"composer": backward, "two passes": two_passes_back}),
+    }
+    for case, (each, wanted, contenders) in cases.items():
+        for name, make in contenders.items():
+            row = Row(f"{case} {rows} x {width}", name, each * size)
+            try:
+                result = make(0)()
+                error = relative_error(fp8.dequantise(getattr(result, "rows", result))[:CHECKED], wanted)
+            except Exception as failure:
+                row.note = f"{type(failure).__name__}: {failure}"[:160]
+                yield row
+                continue
+            yield contend(row.case, name, row.bytes, limit, make, error=error)
 
 
 def host_times() -> dict[str, dict[str, float]]:

@@ -60,7 +60,8 @@ def compare(contest: Contest, contenders: dict[str, Callable[[], Operation]], li
         contenders: Each imports what it needs when called; where that fails the row says why.
         limit: Ceiling in bytes/s.
     """
-    sets = [contest.draw() for _ in range(set_count(min(contest.forward_bytes, contest.backward_bytes)))]
+    fewest = min(contest.forward_bytes - max(contest.spared.values(), default=0), contest.backward_bytes)
+    sets = [contest.draw() for _ in range(set_count(fewest))]
     results, gradients = contest.exact(sets[0])
     for name, load in contenders.items():
         try:

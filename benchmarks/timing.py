@@ -7,6 +7,7 @@ after another, and ``session.py`` prints and writes what it finds.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import statistics
@@ -92,6 +93,9 @@ def measure(calls: Sequence[Call], *, graph: bool, seconds: float = 0.06) -> flo
 
     A backward pass runs on the stream of its forward pass: who times one makes `own_stream` current before that.
 
+    A graph holds as many turns as fill two milliseconds by its own clock, not by that of eager turns: these would make
+    a short graph of a contender that is slow to launch, in which what the start of a graph costs weighs more.
+
     Args:
         calls: The same work on different buffers, which take turns (`set_count`); results live for a turn.
         graph: Whether to replay a CUDA graph of them; else each is launched from Python.
@@ -101,32 +105,39 @@ def measure(calls: Sequence[Call], *, graph: bool, seconds: float = 0.06) -> flo
         with own_stream():
             return measure(calls, graph=graph, seconds=seconds)
     _take_turns(calls, 2)
-    turn = _elapsed(lambda: _take_turns(calls, 1))
+    run = _turns(calls, 1, graph)
+    (turn,) = _each_elapsed([run])
     turns = max(1, math.ceil(2e-3 / turn))
-    run = functools.partial(_take_turns, calls, turns)
-    if graph:
-        captured = _capture(functools.partial(_take_turns, calls, turns))
-        run = functools.partial(captured.replay)
-        run()
+    if turns > 1:
+        run = _turns(calls, turns, graph)
     samples = min(100, max(7, math.ceil(seconds / (turn * turns))))
-    return statistics.median(_elapsed(run) for _ in range(samples)) / turns / len(calls)
+    return statistics.median(_each_elapsed([run] * samples)) / turns / len(calls)
 
 
-def in_turns(contenders: Mapping[str, Sequence[Call]], rounds: int = 20) -> dict[str, float]:
+def in_turns(contenders: Mapping[str, Sequence[Call]], seconds: float = 4.0) -> dict[str, float]:
     """Median seconds of a call of each contender in a CUDA graph, all of them in turns.
 
     A GPU at the limit of its power changes its clocks by several per cent within seconds: whoever is timed after the
     others is timed at other clocks. Here every round meets all contenders.
+
+    Args:
+        contenders: The calls of each, as `measure` takes them.
+        seconds: How long to measure at most, but for the 7 rounds that are the fewest; 20 are the most.
     """
-    graphs = {}
-    for name, calls in contenders.items():
+    graphs = []
+    for calls in contenders.values():
         _take_turns(calls, 2)
-        graphs[name] = _capture(functools.partial(_take_turns, calls, 1))
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(rounds + 1):
-        for name, graph in graphs.items():
-            samples[name].append(_elapsed(graph.replay))
-    return {name: statistics.median(taken[1:]) / len(contenders[name]) for name, taken in samples.items()}
+        graphs.append(_turns(calls, 1, True))
+    warm = sum(_each_elapsed(graphs))
+    rounds = min(20, max(7, math.ceil(seconds / warm))) if graphs else 0
+    taken = _each_elapsed(graphs * rounds)
+    medians = (statistics.median(taken[place :: len(graphs)]) for place in range(len(graphs)))
+    return {name: median / len(calls) for (name, calls), median in zip(contenders.items(), medians, strict=True)}
+
+
+def _turns(calls: Sequence[Call], turns: int, graph: bool) -> Call:
+    run = functools.partial(_take_turns, calls, turns)
+    return _capture(run).replay if graph else run
 
 
 def _capture(run: Call) -> torch.cuda.CUDAGraph:
@@ -152,13 +163,22 @@ def _take_turns(calls: Sequence[Call], turns: int) -> None:
     del results
 
 
-def _elapsed(run: Call) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+def _each_elapsed(runs: Sequence[Call]) -> list[float]:
+    """Seconds of each of the runs, back to back after one that is not timed.
+
+    Nobody waits in between: to an idle GPU the launch of a graph would count as time of its kernels, some
+    microseconds, which is per cents of a short one.
+    """
+    if not runs:
+        return []
+    runs[-1]()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)]
+    marks[0].record()
+    for run, mark in zip(runs, marks[1:], strict=True):
+        run()
+        mark.record()
+    marks[-1].synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(marks)]
 
 
 def host_seconds(call: Call, calls: int = 300) -> float:
@@ -316,17 +336,22 @@ def tune[L](
         bytes_moved: The fewest bytes the case can move.
         ceiling: Bytes/s.
         call: Runs the operation on the inputs of that index with that launch.
-        default: The launch that is used today; its results are what the others must give.
+        default: The launch that is used today; its results are what the others must give, also where an operation
+            writes over the same tensors each time: these are emptied in between.
         launches: What to time first.
         refine: Variants of the best two of these, to time then.
         show_best: How many rows to return, besides the default's and those of launches with wrong results.
     """
-    wanted = call(0, default)
+    written = call(0, default)
+    wanted = [None if tensor is None else tensor.clone() for tensor in written]
     rows: dict[L, Row] = {}
 
     def time_launch(launch: L) -> None:
         row = rows[launch] = Row(case, "default" if launch == default else "", bytes_moved, note=_settings(launch))
         try:
+            for tensor in written:
+                if tensor is not None:
+                    tensor.zero_()
             pairs = zip(call(0, launch), wanted, strict=True)
             row.error = max(relative_error(a, b) for a, b in pairs if a is not None and b is not None)
             turns = [functools.partial(call, index, launch) for index in range(set_count(bytes_moved))]

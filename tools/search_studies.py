@@ -29,6 +29,7 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from composer_search.evidence.oracle import oracle
 from composer_search.evidence.regret import regret
 from composer_search.evidence.scores import read_scores
 from composer_search.evidence.standing import standing
+from composer_search.evidence.votes import votes
 from composer_search.proposers import make_proposer, propose_batch
 from composer_search.report import evidence as figures
 from composer_search.report.markup import Markup
@@ -54,8 +56,8 @@ from composer_search.study import Study, StudySettings
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "search"
 PACKED = "trainings.jsonl.gz"
 
-PROPOSERS, REPLAYS, DRAWS = ("random", "evolution", "bayesian"), 12, 50
-"""Who is replayed and how often, and studies drawn to compare aggregators."""
+PROPOSERS, REPLAYS, DRAWS, VOTES = ("random", "evolution", "bayesian"), 12, 50, 500
+"""Who is replayed and how often, studies drawn to compare aggregators, and resamples of seeds to repeat the vote."""
 
 PROPOSED, BATCH = 32, 32
 """Quasi-random sequences of sixteen blocks, and those that the Gaussian process proposes at once after them."""
@@ -322,6 +324,7 @@ def _judge(study: Path, sequences: Sequence[str], others: Path | None) -> dict[s
     replayed = regret(Study.load(study), proposers=PROPOSERS, replays=REPLAYS, noisy=True)
     rules = ablate(scores, draws=DRAWS, noisy=True)
     return values | {
+        "votes": _show(pages / "votes.html", votes(scores, resamples=VOTES).exhibit(), None),
         "oracle": _show(pages / "oracle.html", ranking.exhibit(), figures.oracle_figure(ranking)),
         "regret": _show(pages / "regret.html", replayed.exhibit(), figures.regret_figure(replayed)),
         "ablation": _show(pages / "ablation.html", rules.exhibit(), figures.ablation_figure(rules)),
@@ -350,36 +353,31 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def _above_zero(text: str) -> float:
+def _above_zero(kind: type[int] | type[float], text: str) -> float:
     """A number for argparse, which makes a usage error of what is raised."""
     try:
-        value = float(text)
+        value = kind(text)
     except ValueError:
-        value = 0.0
+        value = 0
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a number above 0")
+        expected = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r}; expected {expected} above 0")
     return value
-
-
-def _count(text: str) -> int:
-    """An integer for argparse, alike."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}; expected an integer above 0")
-    return int(text)
 
 
 def main() -> None:
     """Run from the command line."""
+    count, positive = partial(_above_zero, int), partial(_above_zero, float)
     options = argparse.ArgumentParser(description="The studies under benchmarks/results/search.")
     options.add_argument("verb", choices=("plan", "run", "collect"))
     options.add_argument("--folder", type=Path, default=RESULTS, help="where lists, packed trainings and results are")
     options.add_argument("--work", type=Path, default=Path("runs/search-studies"), help="where studies and pages go")
     options.add_argument("--trainings", type=Path, help="file of trainings; else trainings.jsonl in the work folder")
-    options.add_argument("--seconds", type=_above_zero, default=290.0, help="of run: time to spend")
-    options.add_argument("--at-once", type=_count, default=64, help="of run: trainings of a chunk")
-    options.add_argument("--steps", type=_count, default=1000, help="optimizer steps of a training")
-    options.add_argument("--batch-size", type=_count, default=32, help="sequences a step")
-    options.add_argument("--learning-rate", type=_above_zero, default=2e-3, help="peak of the cosine")
+    options.add_argument("--seconds", type=positive, default=290.0, help="of run: time to spend")
+    options.add_argument("--at-once", type=count, default=64, help="of run: trainings of a chunk")
+    options.add_argument("--steps", type=count, default=1000, help="optimizer steps of a training")
+    options.add_argument("--batch-size", type=count, default=32, help="sequences a step")
+    options.add_argument("--learning-rate", type=positive, default=2e-3, help="peak of the cosine")
     options.add_argument("--preset", default="baseline", help="whose tasks, widths and precision")
     chosen = options.parse_args()
     fidelity = Fidelity(chosen.steps, chosen.batch_size, chosen.learning_rate, chosen.preset)
