@@ -9,8 +9,9 @@ they are there, so that a time limit loses nothing:
   evaluations of each of MAD's six baseline tasks, timed here;
 - study: the same of 300 trials of the 16-block space.
 
-Data are random tokens: times do not depend on what is learnt. On a GPU the clock is the wall's and the device is waited
-for; on a CPU it is the process's own time on one thread, so that neighbours on the machine do not count.
+Data are random tokens, scored where the task scores its own: times do not depend on what is learnt. On a GPU the clock
+is the wall's and the device is waited for; on a CPU it is the process's own time on one thread, so that neighbours on
+the machine do not count.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from composer_megatron.env import environment
 from composer_megatron.files import write_json
 from composer_megatron.sequence import CompositeSequence
 from composer_search.candidate import Widths
-from composer_search.mad import Setting, baseline
+from composer_search.mad import IGNORE, Setting, baseline
 from composer_search.mad.tasks import find_task
 from composer_search.population import Row
 from composer_search.population.memory import row_bytes
@@ -62,6 +63,7 @@ class Case:
         blocks: Length of the sequence of blocks.
         rows: Rows of the population, if they fit.
         autoencoder: Whether the head is the auto-encoder's.
+        unscored: First positions of a sequence that have no target.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Case:
     blocks: int
     rows: int
     autoencoder: bool = False
+    unscored: int = 0
 
     def settings(self, precision: str, device: torch.device, steps: int) -> TrainSettings:
         """Settings under which nothing ends early."""
@@ -91,6 +94,8 @@ class Case:
         rng = np.random.default_rng(0)
         sizes = (max(256, 2 * self.batch_size), judged, 16)
         splits = [rng.integers(self.vocab_size, size=(2, size, self.length)) for size in sizes]
+        for _, targets in splits:
+            targets[:, : self.unscored] = IGNORE
         train, validation, test = ((inputs, targets) for inputs, targets in splits)
         return TaskData(self.vocab_size, train, validation, test, self.autoencoder)
 
@@ -268,7 +273,9 @@ def task_case(setting: Setting, blocks: int, rows: int) -> Case:
     """One of MAD's baseline tasks."""
     sampler = find_task(setting.task).at(**setting.settings)
     autoencoder = setting.task == "compression"
-    return Case(setting.task, sampler.vocab_size, sampler.length, 128, Widths(), blocks, rows, autoencoder)
+    drawn = (sampler.draw(*map(np.random.default_rng, range(2)), 64, train=train) for train in (True, False))
+    unscored = min(int((targets != IGNORE).any(0).argmax()) for _, targets in drawn)
+    return Case(setting.task, sampler.vocab_size, sampler.length, 128, Widths(), blocks, rows, autoencoder, unscored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +306,7 @@ def training_steps(setting: Setting) -> int:
 
 
 def work(study: Study) -> dict[str, float]:
-    """FLOPs of a study: products with weights, and attention's own."""
+    """FLOPs of a study: products with weights, and attention's own; at all positions, be they asked for or not."""
     totals = {"weights": 0.0, "attention": 0.0}
     for setting in baseline():
         case = task_case(setting, study.blocks, study.together)

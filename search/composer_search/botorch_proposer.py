@@ -53,6 +53,7 @@ class BotorchProposer:
             raise UsageError(f"initial={initial}; expected at least 1 trial before the Bayesian ones")
         self.region, self.seed, self.initial = region, seed, initial
         self._fitted: tuple[tuple[tuple[int, float], ...], SingleTaskGP] | None = None
+        self._believed: tuple[SingleTaskGP, Tensor] | None = None
 
     def propose(self, trials: Sequence[Trial], running: Sequence[Proposal], number: int) -> Proposal | None:
         """The candidate of the highest acquisition, and a random one before there is a model, or where it fails."""
@@ -89,9 +90,10 @@ class BotorchProposer:
             utility = _Utility(self._weights, Scalarisation.draw(goals, rng))
             seen = self._encode([trial.sequence for trial in scored])
             model = self._model(scored, seen)
-            sequences, candidates = self._candidates(scored, tried, rng)
             with torch.no_grad():
-                best = _expected_improvement(model, utility, seen, candidates).topk(min(_FINALISTS, len(sequences)))
+                sequences, candidates, beliefs = self._candidates(model, scored, tried, rng)
+                values = _expected_improvement(model, utility, seen, candidates, beliefs)
+                best = values.topk(min(_FINALISTS, len(sequences)))
                 pending = self._encode([each.sequence for each in running]) if running else None
                 values = _acquisition(model, utility, seen, pending)(candidates[best.indices].unsqueeze(1))
         return sequences[int(best.indices[int(values.argmax())])]
@@ -112,17 +114,24 @@ class BotorchProposer:
         return [goal.get(ACCURACY, 0.0) for goal in self.region.criteria.objective.goals]
 
     def _candidates(
-        self, scored: Sequence[Trial], tried: set[CompositeSequence], rng: random.Random
-    ) -> tuple[list[CompositeSequence], Tensor]:
-        """Untried sequences and their encoding."""
+        self, model: SingleTaskGP, scored: Sequence[Trial], tried: set[CompositeSequence], rng: random.Random
+    ) -> tuple[list[CompositeSequence], Tensor, Tensor]:
+        """Untried sequences, their encoding and what the process believes of them (`_beliefs`).
+
+        What it believes of a space that is enumerated is computed once for all proposals of a batch.
+        """
         import torch
 
         if self.region.ranks is None:
             sequences = [each for each in self._sample(scored, rng) if each not in tried]
-            return sequences, self._encode(sequences)
+            encoded = self._encode(sequences)
+            return sequences, encoded, _beliefs(model, encoded)
         everything, encoded = self._everything
+        if self._believed is None or self._believed[0] is not model:
+            self._believed = model, _beliefs(model, encoded)
         kept = [place for place, sequence in enumerate(everything) if sequence not in tried]
-        return [everything[place] for place in kept], encoded[torch.tensor(kept)]
+        places = torch.tensor(kept)
+        return [everything[place] for place in kept], encoded[places], self._believed[1][places]
 
     @cached_property
     def _everything(self) -> tuple[list[CompositeSequence], Tensor]:
@@ -183,18 +192,30 @@ def _fit(seen: Tensor, scores: Sequence[float], goals: int) -> SingleTaskGP:
     return model
 
 
-def _expected_improvement(model: SingleTaskGP, utility: _Utility, seen: Tensor, candidates: Tensor) -> Tensor:
+def _beliefs(model: SingleTaskGP, candidates: Tensor) -> Tensor:
+    """Posterior mean and standard deviation of each candidate's accuracy, [candidates, 2]."""
+    import torch
+
+    rows = []
+    for part in candidates.split(256):  # the covariances within a part cost its square; alone, rows cost far more
+        posterior = model.posterior(part)
+        rows.append(torch.cat([posterior.mean, posterior.variance.sqrt()], dim=-1))
+    return torch.cat(rows)
+
+
+def _expected_improvement(
+    model: SingleTaskGP, utility: _Utility, seen: Tensor, candidates: Tensor, beliefs: Tensor
+) -> Tensor:
     """Mean improvement over the best posterior mean, over equally likely quantiles; where it is 0, the mean decides."""
     import torch
 
     levels = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
-    quantiles = torch.special.ndtri(levels)
+    quantiles = torch.special.ndtri(levels).view(-1, 1, 1)
     best = utility(model.posterior(seen).mean, seen).max()
     values = []
-    for rows in candidates.split(256):  # the covariances within a part cost its square; alone, rows cost far more
-        posterior = model.posterior(rows)
-        samples = posterior.mean + posterior.variance.sqrt() * quantiles.view(-1, 1, 1)
-        utilities = utility(samples, rows)
+    for rows, believed in zip(candidates.split(256), beliefs.split(256), strict=True):
+        mean, deviation = believed.split(1, dim=-1)
+        utilities = utility(mean + deviation * quantiles, rows)
         improvement = (utilities - best).clamp_min(0).mean(0)
         values.append(improvement + 1e-9 * utilities.mean(0))
     return torch.cat(values)

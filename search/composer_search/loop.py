@@ -66,9 +66,6 @@ def _start_trials(study: Study, proposer: Proposer, pool: Pool, progress: Progre
         batch = _next_batch(study, proposer, pool.running)
         if not batch:
             break
-        for proposal in batch:
-            if proposal.snapshot is not None:
-                study.save_snapshot(proposal.snapshot)
         pool.start(batch)
         started = True
         if progress is not None:

@@ -23,12 +23,11 @@ from composer_search.space import Space
 from composer_search.study import StudySettings, Trial
 
 if TYPE_CHECKING:
+    from ax.adapter.torch import TorchAdapter
     from ax.api.client import Client
+    from ax.core.generator_run import GeneratorRun
 
 _SCORE = "score"
-
-_SNAPSHOT_EVERY = 16
-"""Proposals from one snapshot to the next: writing one takes longer than a proposal, and nothing is read from it."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,12 @@ class Proposal:
         sequence: The sequence.
         proposer: Who chose it: ``sobol``, ``bayesian``, ``exhaustive``, ``random``, ``evolution`` or ``listed``.
         note: What went wrong where another proposer had to step in.
-        snapshot: The state that it was computed from, for the study's `ax.json`; of some proposals.
     """
 
     trial: int
     sequence: CompositeSequence
     proposer: str
     note: str | None = None
-    snapshot: Mapping[str, Any] | None = None
 
 
 class Proposer(Protocol):
@@ -204,9 +201,11 @@ class BayesianProposer:
 
     The process is BoTorch's `SingleTaskGP`: an RBF kernel with a length scale for each position (ARD) and a
     dimension-scaled log-normal prior, noise inferred from the scores. The acquisition is log noisy expected improvement
-    (qLogNEI) with the running trials pending. A new Ax client is built from the trials each time and seeded by the
-    trial's number. Where Ax has no answer, as when the space is all but exhausted, a random untried sequence stands in
-    and the proposal's note says why.
+    (qLogNEI) with the running trials pending; where a space has more than 10,000 sequences it is climbed letter by
+    letter (`composer_search.climbing`). The process is a function of the
+    trials alone, so that the proposals of a batch share one fit; the acquisition's random numbers are the trial's own.
+    Where Ax has no answer, as when the space is all but exhausted, a random untried sequence stands in and the
+    proposal's note says why.
 
     Args:
         space: What is searched.
@@ -221,6 +220,7 @@ class BayesianProposer:
         if initial < 1:
             raise UsageError(f"initial={initial}; expected at least 1 trial before the Bayesian ones")
         self.space, self.seed, self.initial = space, seed, initial
+        self._fitted: tuple[list[tuple[int, float | None]], TorchAdapter] | None = None
 
     def propose(self, trials: Sequence[Trial], running: Sequence[Proposal], number: int) -> Proposal | None:
         """Ask Ax, and a random proposer where Ax has no answer."""
@@ -228,41 +228,82 @@ class BayesianProposer:
         if fallback is None:
             return None
         tried = tried_sequences(trials, running)
+        by = "sobol" if len(trials) + len(running) < self.initial else "bayesian"
         with quiet_single_thread():
-            client = self._client(trials, running, number)
             try:
-                sequence = self._ask(client)
+                if by == "sobol":
+                    sequence = self._sobol_point(tried, number)
+                else:
+                    sequence = self._best_candidate(trials, running, number)
             except Exception as error:  # Ax, BoTorch and GPyTorch raise many kinds; a search of hours must go on
                 return Proposal(number, fallback.sequence, "random", f"Ax: {type(error).__name__}: {error}")
-            snapshot = client._to_json_snapshot() if number % _SNAPSHOT_EVERY == 0 else None
         if sequence in tried:
             return Proposal(number, fallback.sequence, "random", f"Ax proposed {sequence} again")
-        by = "sobol" if len(trials) + len(running) < self.initial else "bayesian"
-        return Proposal(number, sequence, by, snapshot=snapshot)
+        return Proposal(number, sequence, by)
 
     def snapshot(self, trials: Sequence[Trial]) -> Mapping[str, Any]:
         """The Ax client's snapshot after `trials`, as `ax.api.client.Client.load_from_json_file` reads it."""
         with quiet_single_thread():
-            snapshot: Mapping[str, Any] = self._client(trials, (), len(trials))._to_json_snapshot()
+            snapshot: Mapping[str, Any] = self._client(trials)._to_json_snapshot()
         return snapshot
 
-    def _ask(self, client: Client) -> CompositeSequence:
-        (parameters,) = client.get_next_trials(max_trials=1).values()
-        return self.space.join("".join(str(parameters[name]) for name in self._positions))
+    def _sobol_point(self, tried: set[CompositeSequence], number: int) -> CompositeSequence:
+        """The point at the trial's own place in the sequence, or the first untried one of the five from there on."""
+        from ax.adapter.registry import Generators
 
-    @property
-    def _positions(self) -> list[str]:
-        return [f"block_{position}" for position in range(self.space.free)]
+        adapter = Generators.SOBOL(experiment=self._client(())._experiment, seed=self.seed, init_position=number)
+        points = (self._sequence(adapter.gen(n=1)) for _ in range(5))
+        return next(sequence for sequence in points if sequence not in tried)
 
-    def _parameters(self, sequence: CompositeSequence) -> dict[str, str | int | float | bool]:
-        return dict(zip(self._positions, self.space.free_letters(sequence), strict=True))
+    def _best_candidate(self, trials: Sequence[Trial], running: Sequence[Proposal], number: int) -> CompositeSequence:
+        """The untried sequence of the highest acquisition, as far as Ax finds it."""
+        return self._sequence(self._generate(self._adapter(trials), trials, running, number))
 
-    def _client(self, trials: Sequence[Trial], running: Sequence[Proposal], number: int) -> Client:
+    def _generate(
+        self, adapter: TorchAdapter, trials: Sequence[Trial], running: Sequence[Proposal], number: int
+    ) -> GeneratorRun:
+        """One candidate of the process, in the knowledge of what runs."""
+        from ax.core.observation import ObservationFeatures
+        from ax.utils.common.random import with_rng_seed
+
+        failed = [trial.sequence for trial in _in_order(trials) if not trial.completed]  # not wanted again either
+        pending = [*failed, *(proposal.sequence for proposal in running)]
+        features = [ObservationFeatures(parameters=self._parameters(sequence)) for sequence in pending]
+        with with_rng_seed(random.Random(f"{self.seed}/{number}").randrange(2**31)):
+            return adapter.gen(n=1, pending_observations={_SCORE: features} if features else None)
+
+    def _adapter(self, trials: Sequence[Trial]) -> TorchAdapter:
+        """The process fitted to the trials: once for all proposals of a batch."""
+        from ax.adapter.registry import Generators
+        from ax.generators.torch.botorch_modular.surrogate import SurrogateSpec
+        from ax.generators.torch.botorch_modular.utils import ModelConfig
+        from ax.utils.common.random import with_rng_seed
+        from botorch.acquisition.logei import qLogNoisyExpectedImprovement
+        from botorch.models import SingleTaskGP
+
+        from composer_search.climbing import ClimbingAcquisition
+
+        key = [(trial.trial, trial.score) for trial in _in_order(trials)]
+        if self._fitted is None or self._fitted[0] != key:
+            # The kernel is left to SingleTaskGP: naming RBFKernel would build one without ARD and without the prior.
+            # Ax turns two letters into 0 and 1, and more into one-hot vectors, which puts none between two others.
+            surrogate = SurrogateSpec(model_configs=[ModelConfig(botorch_model_class=SingleTaskGP)])
+            with with_rng_seed(self.seed):  # a fit that fails is tried again from random parameters
+                adapter = Generators.BOTORCH_MODULAR(
+                    experiment=self._client(trials)._experiment,
+                    surrogate_spec=surrogate,
+                    acquisition_class=ClimbingAcquisition,
+                    botorch_acqf_class=qLogNoisyExpectedImprovement,
+                )
+            self._fitted = key, adapter
+        return self._fitted[1]
+
+    def _client(self, trials: Sequence[Trial]) -> Client:
         """An Ax client that knows the trials, in the order of their numbers whatever order they ended in."""
         from ax.api.client import Client
         from ax.api.configs import ChoiceParameterConfig
 
-        client = Client(random_seed=random.Random(f"{self.seed}/{number}").randrange(2**31))
+        client = Client(random_seed=self.seed)
         choices = list(self.space.primitives)
         parameters = [
             ChoiceParameterConfig(name=name, values=choices, parameter_type="str", is_ordered=False)
@@ -271,50 +312,29 @@ class BayesianProposer:
         client.configure_experiment(name="composer-search", parameters=parameters)
         client.configure_optimization(objective=_SCORE)
         scores: dict[int, float] = {}
-        for trial in sorted(trials, key=lambda trial: trial.trial):
+        for trial in _in_order(trials):
             index = client.attach_trial(self._parameters(trial.sequence))
             if trial.score is None:
                 client.mark_trial_abandoned(index)  # Ax proposes the points of trials marked as failed again
             else:
                 scores[index] = trial.score
         _complete(client, scores)
-        for proposal in running:
-            client.attach_trial(self._parameters(proposal.sequence))
-        client.set_generation_strategy(self._strategy(number))
         return client
 
-    def _strategy(self, number: int) -> Any:
-        """Sobol from the trial's own place in the sequence, and the Gaussian process after `initial` trials."""
-        from ax.adapter.registry import Generators
-        from ax.generation_strategy.generation_node import GenerationNode
-        from ax.generation_strategy.generation_strategy import GenerationStrategy
-        from ax.generation_strategy.generator_spec import GeneratorSpec
-        from ax.generation_strategy.transition_criterion import MinTrials
-        from ax.generators.torch.botorch_modular.surrogate import SurrogateSpec
-        from ax.generators.torch.botorch_modular.utils import ModelConfig
-        from botorch.acquisition.logei import qLogNoisyExpectedImprovement
-        from botorch.models import SingleTaskGP
+    @property
+    def _positions(self) -> list[str]:
+        return [f"block_{position}" for position in range(self.space.free)]
 
-        # The kernel is left to SingleTaskGP: naming RBFKernel here would build one without ARD and without the prior.
-        # Ax turns two letters into 0 and 1, and more into one-hot vectors, which puts none between two others.
-        surrogate = SurrogateSpec(model_configs=[ModelConfig(botorch_model_class=SingleTaskGP)])
-        process = {"surrogate_spec": surrogate, "botorch_acqf_class": qLogNoisyExpectedImprovement}
-        sobol = {"seed": self.seed, "init_position": number}
-        handover = MinTrials(threshold=self.initial, transition_to="bayesian", use_all_trials_in_exp=True)
-        nodes = [
-            GenerationNode(
-                name="sobol",
-                generator_specs=[GeneratorSpec(Generators.SOBOL, generator_kwargs=sobol)],
-                transition_criteria=[handover],
-                should_deduplicate=True,
-            ),
-            GenerationNode(
-                name="bayesian",
-                generator_specs=[GeneratorSpec(Generators.BOTORCH_MODULAR, generator_kwargs=process)],
-                should_deduplicate=True,
-            ),
-        ]
-        return GenerationStrategy(name="sobol-then-bayesian", nodes=nodes)
+    def _parameters(self, sequence: CompositeSequence) -> dict[str, str | int | float | bool]:
+        return dict(zip(self._positions, self.space.free_letters(sequence), strict=True))
+
+    def _sequence(self, run: GeneratorRun) -> CompositeSequence:
+        parameters = run.arms[0].parameters
+        return self.space.join("".join(str(parameters[name]) for name in self._positions))
+
+
+def _in_order(trials: Sequence[Trial]) -> list[Trial]:
+    return sorted(trials, key=lambda trial: trial.trial)
 
 
 def _complete(client: Client, scores: Mapping[int, float]) -> None:

@@ -39,12 +39,12 @@ def compare(found, expected, dtype):
         torch.testing.assert_close(own.double() / scale, reference / scale, atol=TOLERANCES[dtype], rtol=0)
 
 
-def attend(operations, length, heads, width, dtype, *, exact=False):
+def attend(operations, length, heads, width, dtype, *, wanted=None, exact=False):
     """The mixture and the gradients of projection and bias, computed in `dtype` or from the same inputs in float64."""
     joint = normal(2, 2 * length, 3 * heads * width, dtype=dtype)
     bias = normal(2, 3 * heads * width, seed=1, dtype=torch.float32)
     inputs = [(each.double() if exact else each).requires_grad_() for each in (joint, bias)]
-    mixed = operations.attend(*inputs, rotation(length, width, DEVICE), heads)
+    mixed = operations.attend(*inputs, rotation(length, width, DEVICE), heads, wanted or length)
     return [mixed, *gradients([mixed], inputs)]
 
 
@@ -63,6 +63,21 @@ def test_attention_is_as_exact_as_pytorchs(length, heads, width, poisoned, asser
     shape = length, heads, width, torch.bfloat16
     exact = attend(Plain(), *shape, exact=True)
     for results in zip(attend(Fused("ieee"), *shape), attend(Plain(), *shape), exact, strict=True):
+        assert_as_good(*results)
+
+
+@pytest.mark.parametrize(
+    ("length", "wanted", "heads", "width"),
+    [(32, 1, 2, 8), (64, 16, 1, 8), (65, 1, 2, 8), (128, 64, 2, 8), (200, 17, 1, 8), (256, 16, 2, 8), (130, 70, 1, 16)],
+)
+def test_attention_of_the_last_positions_is_as_exact_as_pytorchs(
+    length, wanted, heads, width, poisoned, assert_as_good
+):
+    shape = length, heads, width, torch.bfloat16
+    exact = attend(Plain(), *shape, wanted=wanted, exact=True)
+    assert exact[0].shape[1] == 2 * wanted
+    fused, plain = (attend(operations, *shape, wanted=wanted) for operations in (Fused("ieee"), Plain()))
+    for results in zip(fused, plain, exact, strict=True):
         assert_as_good(*results)
 
 
@@ -90,7 +105,7 @@ def test_attention_looks_at_no_later_position_and_at_no_other_sequence(length):
     joint, bias = normal(1, 2 * length, 48).bfloat16(), normal(1, 48, seed=1, dtype=torch.float32)
     turns, changed = rotation(length, 8, DEVICE), joint.clone()
     changed[:, length + 13 :] = 100
-    before, after = (Fused("ieee").attend(each, bias, turns, 2) for each in (joint, changed))
+    before, after = (Fused("ieee").attend(each, bias, turns, 2, length) for each in (joint, changed))
     assert torch.equal(before[:, : length + 13], after[:, : length + 13])
     assert not torch.equal(before, after)
 
@@ -98,10 +113,18 @@ def test_attention_looks_at_no_later_position_and_at_no_other_sequence(length):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize(
-    ("sizes", "used"), [((2, 3), (0, 1)), ((4,), (0, 1)), ((), (1,)), ((2, 1), (0,)), ((3, 1), (1,))]
+    ("sizes", "after", "used"),
+    [
+        ((2, 3), (5,), (0, 1)),
+        ((4,), (1, 4), (0, 1, 2)),
+        ((), (3, 2), (1, 2)),
+        ((2, 1), (5,), (0,)),
+        ((3, 1), (2, 2, 1), (2,)),
+        ((2, 3), (3, 2), (0, 1)),
+    ],
 )
-def test_residual(sizes, used, moved, dtype):
-    """Groups with a bias and without, rows of none, in a new order or not; and a result that nobody uses."""
+def test_residual(sizes, after, used, moved, dtype):
+    """Groups with a bias and without, rows of none, in a new order or not; and results that nobody uses."""
     rows, tokens, hidden = 5, 37, 24
     order = torch.tensor([3, 0, 4, 1, 2], device=DEVICE)
     moves = (order, order.argsort()) if moved else (None, None)
@@ -114,8 +137,9 @@ def test_residual(sizes, used, moved, dtype):
         inputs = [each.clone().requires_grad_() for each in inputs]
         own, left = inputs[1 : 1 + len(outs)], iter(inputs[1 + len(outs) :])
         given = [None if bias is None else next(left) for bias in biases]
-        both = operations.residual(inputs[0], own, given, moves, wide or dtype)
-        results.append((both, gradients([both[place] for place in used], inputs)))
+        y, parts = operations.residual(inputs[0], own, given, moves, after, wide or dtype)
+        outputs = [y, *parts]
+        results.append((outputs, gradients([outputs[place] for place in used], inputs)))
     compare(results[0][0], results[1][0], dtype)
     compare(results[0][1], results[1][1], dtype)
 

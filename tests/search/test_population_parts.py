@@ -45,10 +45,10 @@ def candidates(sequences, dtype=torch.float64, **options):
     return made
 
 
-def grouped(sequences, made, autoencoder=False, dtype=torch.float64):
-    layout = Layout.of(sequences)
+def grouped(sequences, made, autoencoder=False, dtype=torch.float64, scored=None):
+    layout = Layout.of(sequences, aligned=scored is not None)
     weights = stack_weights(layout, made)
-    return GroupedModel(layout, weights, Shape(11, WIDTHS.num_heads, autoencoder, dtype)), weights
+    return GroupedModel(layout, weights, Shape(11, WIDTHS.num_heads, autoencoder, dtype, scored)), weights
 
 
 # The layout
@@ -72,6 +72,27 @@ def test_each_block_has_one_place_and_rows_come_back_in_their_order(sequences):
         assert all(len(sequences[row]) <= number for row in living)
         assert len({group.letter for group in depth.groups}) == len(depth.groups)  # one group a primitive
         places = [places[place] for place in depth.order or range(len(places))]
+    assert places == list(range(len(sequences)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(SEQUENCES)
+def test_aligned_rows_run_their_blocks_in_turn_and_their_last_attention_together(sequences):
+    layout = Layout.of(sequences, aligned=True)
+    done = [0] * len(sequences)
+    places = list(layout.start or range(len(sequences)))
+    for number, depth in enumerate(layout.depths, start=1):
+        living = iter(places)
+        for group in depth.groups:
+            rows = [next(living) for _ in range(group.size)]
+            expected = layout.blocks[group.letter][group.first : group.first + group.size]
+            assert list(expected) == [(row, done[row]) for row in rows]
+            for row in rows:
+                assert sequences[row][done[row]] == group.letter
+                done[row] += 1
+                assert ("A" in sequences[row].letters[done[row] :]) == (number < layout.mixing)
+        places = [places[place] for place in depth.order or range(len(places))]
+    assert done == [len(sequence) for sequence in sequences]
     assert places == list(range(len(sequences)))
 
 
@@ -99,13 +120,16 @@ def test_taking_rows_takes_their_weights(sequences, data):
 
 
 @settings(max_examples=20, deadline=None)
-@given(SEQUENCES, st.booleans())
-def test_logits_and_gradients_are_those_of_each_candidate(sequences, autoencoder):
+@given(SEQUENCES, st.booleans(), st.sampled_from([None, 1, 2, 9]))
+def test_logits_and_gradients_are_those_of_each_candidate(sequences, autoencoder, scored):
+    """At all positions, or at so many last ones; at all of them where the sequences are shorter."""
     made = candidates(sequences, autoencoder=autoencoder)
-    together, weights = grouped(sequences, made, autoencoder)
+    together, weights = grouped(sequences, made, autoencoder, scored=scored)
     tokens = torch.randint(11, (len(sequences), 3, 7), generator=torch.Generator().manual_seed(0))
     logits = together(tokens)
-    alone = torch.stack([each(own).flatten(0, 1) for each, own in zip(made, tokens, strict=True)])
+    alone = torch.stack([each(own) for each, own in zip(made, tokens, strict=True)])
+    positions = torch.arange(7).expand(len(sequences), 3, 7)
+    alone = alone[:, :, int(together.answers(positions)[0, 0]) :].flatten(1, 2)
     torch.testing.assert_close(logits, alone, atol=1e-12, rtol=0)
     of_leaves = torch.autograd.grad(logits.square().sum(), together.leaves())
     gradients = dict(zip(weights, together.gradients(of_leaves), strict=True))
@@ -132,7 +156,8 @@ def test_embeddings_are_looked_up_by_products_as_they_are_by_their_places():
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(3, 11, 4, generator=generator, dtype=torch.float64).requires_grad_()
     tokens = torch.randint(11, (3, 20), generator=generator)
-    x, h = model.look_up(tokens, table, torch.float64)
+    x, parts = model.look_up(tokens, table, [1, 2], torch.float64)
+    h = torch.cat(parts)
     expected = torch.stack([rows[own] for rows, own in zip(table, tokens, strict=True)])
     assert torch.equal(x, expected)
     torch.testing.assert_close(h, norm(expected, torch.float64))

@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
+from ax.adapter import torch as torch_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +23,7 @@ from composer_megatron.shape import load_shape
 from composer_search import proposers
 from composer_search import space as space_module
 from composer_search.botorch_proposer import BotorchProposer
+from composer_search.climbing import climb
 from composer_search.constraints import Criteria
 from composer_search.objectives import Target
 from composer_search.proposers import (
@@ -115,14 +117,11 @@ def test_bayesian_search_covers_a_space_without_repeating_itself():
     assert by[3:7] == ["bayesian"] * 4
 
 
-def acquisition_values(value):
-    """Every acquisition value in an Ax snapshot: it changes with any random draw, even where the choice does not."""
-    if isinstance(value, dict):
-        own = value.get("expected_acquisition_value")
-        return ([own] if own is not None else []) + [
-            each for item in value.values() for each in acquisition_values(item)
-        ]
-    return [each for item in value for each in acquisition_values(item)] if isinstance(value, list) else []
+def acquisition_value(proposer, trials, running, number):
+    """The value that Ax found: it changes with any random draw, even where the choice does not."""
+    with proposers.quiet_single_thread():
+        run = proposer._generate(proposer._adapter(trials), trials, running, number)
+    return run.gen_metadata["expected_acquisition_value"]
 
 
 def test_a_proposal_depends_on_the_trials_and_not_on_their_order_or_the_past():
@@ -131,13 +130,69 @@ def test_a_proposal_depends_on_the_trials_and_not_on_their_order_or_the_past():
     tried = {each.sequence for each in trials}
     running = [Proposal(7, next(space.at(rank) for rank in range(64) if space.at(rank) not in tried), "bayesian")]
     torch.manual_seed(0)
-    expected = BayesianProposer(space, 1, 4).propose(trials, running, 16)  # one of those that keep their snapshot
+    fresh = BayesianProposer(space, 1, 4)
+    expected = fresh.propose(trials, running, 16)
     torch.manual_seed(99)
     shuffled = random.Random(0).sample(trials, len(trials))
-    again = BayesianProposer(space, 1, 4).propose(shuffled, running, 16)
-    assert BayesianProposer(space, 1, 4).propose(shuffled, running, 17).snapshot is None
+    used = BayesianProposer(space, 1, 4)
+    propose_batch(used, trials[:-1], [], [16, 17])
+    propose_batch(used, trials, [], [17, 18])
+    again = used.propose(shuffled, running, 16)
     assert (again.sequence, again.proposer) == (expected.sequence, "bayesian")
-    assert acquisition_values(again.snapshot) == acquisition_values(expected.snapshot) != []
+    assert acquisition_value(used, shuffled, running, 16) == acquisition_value(fresh, trials, running, 16)
+    assert acquisition_value(used, shuffled, running, 16) != acquisition_value(fresh, trials, running, 17)
+
+
+def test_a_batch_is_one_fit_and_each_of_its_proposals_what_it_is_alone(monkeypatch):
+    """Of a space that Ax does not enumerate, where its search starts at random."""
+    space = Space("AM", 14)
+    trials = run(RandomProposer(Region(space), 0), 12, lambda sequence: sequence.count("A") / 14)
+    fits, fit = [], torch_adapter.TorchAdapter._fit
+    monkeypatch.setattr(
+        torch_adapter.TorchAdapter, "_fit", lambda *args, **kwargs: fits.append(1) or fit(*args, **kwargs)
+    )
+    batch = propose_batch(BayesianProposer(space, 2, 8), trials, [], [12, 13, 14])
+    assert len(fits) == 1
+    assert {each.proposer for each in batch} == {"bayesian"}
+    assert BayesianProposer(space, 2, 8).propose(trials, batch[:2], 14) == batch[2]
+    used = BayesianProposer(space, 2, 8)
+    assert [used.propose(trials, batch[:place], 12 + place) for place in (2, 1, 0)] == batch[::-1]
+    values = [acquisition_value(each, trials, batch[:2], 14) for each in (used, BayesianProposer(space, 2, 8))]
+    assert values[0] == values[1]
+
+
+class Rugged(torch.nn.Module):
+    """An acquisition of independent random values, where every way up ends soon."""
+
+    def __init__(self, letters, places):
+        super().__init__()
+        generator = torch.Generator().manual_seed(places)
+        self.heights = torch.rand(letters**places, generator=generator, dtype=torch.float64)
+        self.weights = letters ** torch.arange(places)
+
+    def forward(self, points):
+        return self.heights[(points.squeeze(-2) @ self.weights.double()).long()]
+
+
+@pytest.mark.parametrize(("letters", "places"), [(2, 12), (3, 6)])
+def test_climbs_that_go_up_together_end_where_botorch_gets_one_after_the_other(letters, places):
+    from botorch.optim import optimize_acqf_discrete_local_search
+
+    rugged, values = Rugged(letters, places), [torch.arange(letters).double()] * places
+    avoid = torch.randint(letters, (200, places)).double()
+    ends = set()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        point, value = climb(rugged, values, avoid, 4, 32)
+        torch.manual_seed(seed)
+        expected, height = optimize_acqf_discrete_local_search(
+            rugged, values, q=1, num_restarts=4, raw_samples=32, X_avoid=avoid
+        )
+        assert torch.equal(point, expected[0])
+        assert value == height
+        assert not (point == avoid).all(dim=1).any()
+        ends.add(float(value))
+    assert len(ends) > 1
 
 
 def test_the_sequence_of_a_failed_trial_is_not_wanted_again():
@@ -183,9 +238,7 @@ def test_the_kernel_has_a_length_scale_for_each_block():
     proposer = BayesianProposer(space, 0, 3)
     trials = run(proposer, 6)
     with proposers.quiet_single_thread():
-        client = proposer._client(trials, [], 6)
-        client.get_next_trials(max_trials=1)
-    model = client._generation_strategy.adapter.generator.surrogate.model
+        model = proposer._adapter(trials).generator.surrogate.model
     assert type(model).__name__ == "SingleTaskGP"
     assert type(model.covar_module).__name__ == "RBFKernel"
     assert model.covar_module.lengthscale.shape == (1, 5)
@@ -203,9 +256,7 @@ def test_three_primitives_are_not_put_on_a_line(monkeypatch):
     trials = run(proposer, 6, objective=lambda sequence: sequence.count("W") / 3)
     assert [each.proposer for each in trials[4:]] == ["bayesian"] * 2
     with proposers.quiet_single_thread():
-        client = proposer._client(trials, [], 6)
-        client.get_next_trials(max_trials=1)
-    model = client._generation_strategy.adapter.generator.surrogate.model
+        model = proposer._adapter(trials).generator.surrogate.model
     encoded = model.train_inputs[0].reshape(6, 3, 3)
     assert encoded.sum(-1).eq(1).all()  # one-hot
     assert encoded[:, :, 2].sum() == sum(each.sequence.count("W") for each in trials)
@@ -213,7 +264,7 @@ def test_three_primitives_are_not_put_on_a_line(monkeypatch):
 
 def test_torch_has_one_thread_while_proposing_and_its_own_after(monkeypatch):
     seen = []
-    monkeypatch.setattr(BayesianProposer, "_ask", lambda self, client: seen.append(torch.get_num_threads()) or 1 / 0)
+    monkeypatch.setattr(BayesianProposer, "_sobol_point", lambda *_: seen.append(torch.get_num_threads()) or 1 / 0)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -225,10 +276,10 @@ def test_torch_has_one_thread_while_proposing_and_its_own_after(monkeypatch):
 
 
 def test_where_ax_fails_a_random_sequence_stands_in(monkeypatch):
-    def broken(self, client):
+    def broken(self, *_):
         raise RuntimeError("not positive definite")
 
-    monkeypatch.setattr(BayesianProposer, "_ask", broken)
+    monkeypatch.setattr(BayesianProposer, "_sobol_point", broken)
     space = Space("AM", 4)
     proposal = BayesianProposer(space, 0, 2).propose([], [], 0)
     assert proposal.proposer == "random"
@@ -238,7 +289,7 @@ def test_where_ax_fails_a_random_sequence_stands_in(monkeypatch):
 
 def test_a_repeated_proposal_is_replaced(monkeypatch):
     space = Space("AM", 2)
-    monkeypatch.setattr(BayesianProposer, "_ask", lambda self, client: CompositeSequence("AM"))
+    monkeypatch.setattr(BayesianProposer, "_best_candidate", lambda *_: CompositeSequence("AM"))
     trials = [trial(Proposal(0, CompositeSequence("AM"), "sobol"), 0.5)]
     proposal = BayesianProposer(space, 0, 1).propose(trials, [], 1)
     assert proposal.sequence != CompositeSequence("AM")

@@ -13,6 +13,7 @@ from torch import Tensor
 from composer_megatron.errors import UsageError
 from composer_megatron.sequence import CompositeSequence
 from composer_search.candidate import require_blocks
+from composer_search.mad import IGNORE
 from composer_search.trainer import Split, TaskData, TrainSettings, batches, require_data
 
 GROUPED = "AM"
@@ -60,6 +61,22 @@ class Row:
         shapes = tuple(split[0].shape for split in (data.validation, data.test))
         batch = min(settings.batch_size, len(data.train[0])), data.train[0].shape[1]
         return data.vocab_size, data.autoencoder, batch, shapes
+
+
+def scored_positions(rows: Sequence[Row]) -> int | None:
+    """So many last positions of the sequences hold all that these rows are asked for; None if they are not few.
+
+    An auto-encoder is asked for one, whose stream it decodes. Few are a quarter: rows that wait for others to reach
+    their last attention cost something, too.
+    """
+    data = list({id(row.data): row.data for row in rows}.values())
+    length = data[0].train[0].shape[1]
+    if data[0].autoencoder:
+        most = 1
+    else:
+        targets = [split[1] for each in data for split in (each.train, each.validation, each.test)]
+        most = max(each.shape[1] - int((each != IGNORE).any(0).argmax()) for each in targets)
+    return most if 4 * most <= length else None
 
 
 class Feed:

@@ -109,11 +109,15 @@ class _Plain:
         return (self.wide + self.narrow) * self.vocab_size if self.vocab_size <= ONE_HOT_VOCABULARY else 0
 
     def kept(self) -> float:
-        """What stays until the backward pass: the stream before each block, and what the blocks and the head keep."""
+        """What stays until the backward pass: what the norm before each block keeps, the blocks and the head."""
         attention, mlp = self.blocks
-        blocks = attention * (self.stream + self.attention()) + mlp * (self.stream + self.mlp())
+        blocks = attention * (self.norm() + self.attention()) + mlp * (self.norm() + self.mlp())
         decoder = self.decoders * (self.stream + self.narrow * self.hidden)
-        return blocks + self.stream + self.logits() + self.one_hot + decoder + 4 * 8  # tokens and targets are int64
+        return blocks + self.norm() + self.logits() + self.one_hot + decoder + 4 * 8  # tokens and targets are int64
+
+    def norm(self) -> float:
+        """The stream and its norm."""
+        return self.stream
 
     def attention(self) -> float:
         """Queries, keys and values before and after the rotation, the mixture and the sums of its weights."""
@@ -141,6 +145,10 @@ class _Plain:
 
 class _Fused(_Plain):
     """Bytes of one token, as the kernels take them; PyTorch's where a kernel does not fit."""
+
+    def norm(self) -> float:
+        """The normalised stream and its root."""
+        return self.narrow * self.hidden + 4
 
     def attention(self) -> float:
         """What the kernel keeps of its input, and the mixture."""

@@ -39,12 +39,15 @@ class Shape:
         num_heads: Attention heads.
         autoencoder: Whether the rows rebuild their inputs from one vector.
         dtype: What matrices are multiplied in.
+        scored: So many last positions of a sequence are asked for, and the stream after the last attention is computed
+            there alone; None for all of them. See `composer_search.population.feed.scored_positions`.
     """
 
     vocab_size: int
     num_heads: int
     autoencoder: bool
     dtype: torch.dtype
+    scored: int | None = None
 
 
 def stack_weights(layout: Layout, candidates: Sequence[Candidate]) -> dict[str, Tensor]:
@@ -85,7 +88,7 @@ class GroupedModel:
     """Logits of all rows, from weights that lie where `stack_weights` put them.
 
     Args:
-        layout: The plan.
+        layout: The plan; aligned where `shape.scored` is a number.
         weights: Stacked weights, which may change in place.
         shape: What the rows share.
         operations: What is computed between the matrix products; PyTorch's own without it.
@@ -121,43 +124,70 @@ class GroupedModel:
         return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in grouped]
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """The logits [rows, sequences · length, vocabulary] of tokens int64 [rows, sequences, length]."""
-        x, h = self._embed(tokens)
-        for depth, moves in zip(self.layout.depths, self._moves, strict=True):
-            outs, biases = zip(*self._blocks(h, depth, tokens.shape[2]), strict=True)
-            x, h = self.operations.residual(x, outs, biases, moves, self.shape.dtype)
+        """The logits [rows, sequences · positions, vocabulary] of tokens int64 [rows, sequences, length].
+
+        The positions are those of `answers`.
+        """
+        rows, sequences, length = tokens.shape
+        scored, mixing = self._scored(length), self.layout.mixing
+        if mixing == 0:  # no attention anywhere
+            tokens = tokens[..., length - scored :]
+        sizes = [*(depth.sizes(rows) for depth in self.layout.depths), [rows]]
+        x, normed = self._embed(tokens, sizes[0])
+        plan = zip(self.layout.depths, self._moves, sizes[1:], strict=True)
+        for number, (depth, moves, after) in enumerate(plan, start=1):
+            wanted = scored if number == mixing else length
+            outs, biases = zip(*self._blocks(normed, depth, length, wanted), strict=True)
+            if number == mixing:
+                x = x.unflatten(1, (sequences, length))[:, :, length - scored :].flatten(1, 2)
+            x, normed = self.operations.residual(x, outs, biases, moves, after, self.shape.dtype)
+        (h,) = normed
         own = {name: self.slices[name][0] for name in self.weights if name.startswith(ROW)}
         if self.shape.autoencoder:
-            h = norm(self._decode(x.unflatten(1, tokens.shape[1:]), own), self.shape.dtype)
+            h = norm(self._decode(x.unflatten(1, (sequences, -1)), length, own), self.shape.dtype)
         return self._linear(h, own, f"{ROW}.unembedding", gain=own[f"{ROW}.final_norm.weight"])
 
-    def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The stream before the first depth, and the stream normalised, in that depth's order."""
+    def answers(self, targets: Tensor) -> Tensor:
+        """The targets of the positions whose logits a call gives, [rows, sequences · positions]."""
+        length = targets.shape[2]
+        first = 0 if self.shape.autoencoder else length - self._scored(length)
+        return targets[..., first:].flatten(1)
+
+    def _scored(self, length: int) -> int:
+        return length if self.shape.scored is None else min(length, self.shape.scored)
+
+    def _embed(self, tokens: Tensor, sizes: list[int]) -> tuple[Tensor, Sequence[Tensor]]:
+        """The stream before the first depth in that depth's order, and its groups' parts of the stream normalised."""
         table = self.slices[f"{ROW}.embedding.weight"][0]
         if self._start is not None:
             table, tokens = table.index_select(0, self._start), tokens.index_select(0, self._start)
         flat, vocab_size = tokens.flatten(1), table.shape[1]
         if table.is_cuda and vocab_size <= ONE_HOT_VOCABULARY:
-            return look_up(flat, table, self.shape.dtype)
+            return look_up(flat, table, sizes, self.shape.dtype)
         offsets = vocab_size * torch.arange(len(table), device=flat.device)
         x = F.embedding(flat + offsets[:, None], table.flatten(0, 1))
-        return self.operations.residual(x, [], [], (None, None), self.shape.dtype)
+        return self.operations.residual(x, [], [], (None, None), sizes, self.shape.dtype)
 
-    def _blocks(self, h: Tensor, depth: Depth, length: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The output of each group's blocks for the normalised stream h, and the bias that is still to be added."""
-        for group, part in zip(depth.groups, h.split(depth.sizes(len(h))), strict=False):
+    def _blocks(
+        self, normed: Sequence[Tensor], depth: Depth, length: int, wanted: int
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The output of each group's blocks for its part of the normalised stream, and the bias still to be added.
+
+        Of attention's, the last `wanted` positions of each sequence.
+        """
+        for group, h in zip(depth.groups, normed, strict=False):
             mine = f"{group.letter}."
             weights = {name: parts[group.first] for name, parts in self.slices.items() if name.startswith(mine)}
             if group.letter == "A":
-                yield self._attention(part, weights, length), weights["A.output.bias"]
+                yield self._attention(h, weights, length, wanted), weights["A.output.bias"]
             else:
-                yield self.operations.mlp(part, *(weights[name] for name in _MLP)), None
+                yield self.operations.mlp(h, *(weights[name] for name in _MLP)), None
 
-    def _attention(self, h: Tensor, weights: dict[str, Tensor], length: int) -> Tensor:
+    def _attention(self, h: Tensor, weights: dict[str, Tensor], length: int, wanted: int) -> Tensor:
         joint = product(h, weights["A.query_key_value.weight"], weights["A.norm.weight"])
         heads = self.shape.num_heads
         turns = self._turns(length, h.shape[2] // heads)
-        mixed = self.operations.attend(joint, weights["A.query_key_value.bias"], turns, heads)
+        mixed = self.operations.attend(joint, weights["A.query_key_value.bias"], turns, heads, wanted)
         return product(mixed, weights["A.output.weight"])
 
     def _turns(self, length: int, width: int) -> Tensor:
@@ -166,9 +196,9 @@ class GroupedModel:
             self._rotations[length] = rotation(length, width, self.slices[f"{ROW}.embedding.weight"][0].device)
         return self._rotations[length]
 
-    def _decode(self, x: Tensor, own: dict[str, Tensor]) -> Tensor:
-        """The auto-encoder's head on x [rows, sequences, length, hidden]."""
-        positions = sinusoids(x.shape[2], x.shape[3], x.device)
+    def _decode(self, x: Tensor, length: int, own: dict[str, Tensor]) -> Tensor:
+        """The auto-encoder's head on last positions x [rows, sequences, positions, hidden], for `length` positions."""
+        positions = sinusoids(length, x.shape[3], x.device)
         x = (x[:, :, -1:] + positions).flatten(1, 2)
         for before, linear in ((0, 1), (3, 4)):
             gain = own[f"{ROW}.decoder.{before}.weight"]
@@ -180,19 +210,21 @@ class GroupedModel:
         return product(h, own[f"{name}.weight"], gain) + own[f"{name}.bias"][:, None].to(h.dtype)
 
 
-def look_up(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Each row's embeddings [rows, tokens, hidden], and their norms in `dtype`, by matrix products.
+def look_up(tokens: Tensor, table: Tensor, sizes: list[int], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Each row's embeddings [rows, tokens, hidden], and parts of their norms in `dtype`, by matrix products.
 
     The norms are looked up as well: those of the table's rows are fewer than those of the tokens.
 
     Args:
         tokens: [rows, tokens], int64.
         table: [rows, vocabulary, hidden].
+        sizes: Rows of each part.
         dtype: Of the norms.
     """
     # not F.one_hot, which would ask the GPU for the largest token
     one_hot = tokens[..., None] == torch.arange(table.shape[1], device=tokens.device)
-    return torch.bmm(one_hot.to(table.dtype), table), torch.bmm(one_hot.to(dtype), norm(table, dtype))
+    parts = zip(one_hot.to(dtype).split(sizes), norm(table, dtype).split(sizes), strict=True)
+    return torch.bmm(one_hot.to(table.dtype), table), [torch.bmm(*part) for part in parts]
 
 
 def _moves(order: tuple[int, ...] | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

@@ -38,8 +38,9 @@ class Operations(Protocol):
         outs: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         moves: tuple[Tensor | None, Tensor | None],
+        sizes: Sequence[int],
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Sequence[Tensor]]:
         """Add the groups' outputs and biases to the stream x [rows, tokens, hidden] and re-order the rows.
 
         Args:
@@ -48,17 +49,19 @@ class Operations(Protocol):
                 no group.
             biases: Of each group [rows of the group, hidden], or None.
             moves: For each place after, the place before, and the inverse; None where all stay.
+            sizes: Rows of each part of the new order; all rows together.
             dtype: Of the normalised stream.
 
         Returns:
-            The stream, and the stream over the root of its mean square.
+            The stream, and the parts of the stream over the root of its mean square.
         """
         ...
 
-    def attend(self, joint: Tensor, bias: Tensor, turns: Tensor, heads: int) -> Tensor:
-        """Causal attention [rows, tokens, hidden] from queries, keys and values [rows, tokens, 3 · hidden].
+    def attend(self, joint: Tensor, bias: Tensor, turns: Tensor, heads: int, wanted: int) -> Tensor:
+        """Causal attention from queries, keys and values [rows, sequences · length, 3 · hidden].
 
-        `bias` [rows, 3 · hidden] is added first, and the rotary embedding turns queries and keys.
+        `bias` [rows, 3 · hidden] is added first, and the rotary embedding turns queries and keys. What comes is
+        [rows, sequences · wanted, hidden]: the last `wanted` positions of each sequence.
         """
         ...
 
@@ -89,24 +92,30 @@ class Plain:
         outs: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         moves: tuple[Tensor | None, Tensor | None],
+        sizes: Sequence[int],
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Sequence[Tensor]]:
         """See `Operations.residual`."""
         biased = [
             out if bias is None else out + bias[:, None].to(out.dtype) for out, bias in zip(outs, biases, strict=True)
         ]
         y: Tensor = _Merge.apply(x, *moves, *biased)
-        return y, norm(y, dtype)
+        return y, norm(y, dtype).split(list(sizes))
 
-    def attend(self, joint: Tensor, bias: Tensor, turns: Tensor, heads: int) -> Tensor:
+    def attend(self, joint: Tensor, bias: Tensor, turns: Tensor, heads: int, wanted: int) -> Tensor:
         """See `Operations.attend`."""
         rows, tokens, wide = joint.shape
         joint = joint + bias[:, None].to(joint.dtype)
         # rows and sequences become one axis of independent sequences
         parts = joint.view(-1, len(turns), 3, heads, wide // (3 * heads)).permute(2, 0, 3, 1, 4).split([2, 1])
         query, key = turn(parts[0], turns)
-        mixed = F.scaled_dot_product_attention(query, key, parts[1][0], is_causal=True)
-        return mixed.transpose(1, 2).reshape(rows, tokens, wide // 3)
+        length, every = len(turns), wanted == len(turns)
+        seen = (
+            None if every else torch.ones(wanted, length, dtype=torch.bool, device=joint.device).tril(length - wanted)
+        )
+        query = query[:, :, length - wanted :]
+        mixed = F.scaled_dot_product_attention(query, key, parts[1][0], attn_mask=seen, is_causal=every)
+        return mixed.transpose(1, 2).reshape(rows, tokens // length * wanted, wide // 3)
 
     def mlp(self, h: Tensor, up: Tensor, gain: Tensor, down: Tensor) -> Tensor:
         """See `Operations.mlp`."""
@@ -157,22 +166,23 @@ class Fused:
         outs: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         moves: tuple[Tensor | None, Tensor | None],
+        sizes: Sequence[int],
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Sequence[Tensor]]:
         """See `Operations.residual`."""
         from composer_search.population.kernels.residual import residual
 
-        return residual(x, outs, biases, moves[1], dtype, EPS)
+        return residual(x, outs, biases, moves, sizes, dtype, EPS)
 
-    def attend(self, joint: Tensor, bias: Tensor, turns: Tensor, heads: int) -> Tensor:
+    def attend(self, joint: Tensor, bias: Tensor, turns: Tensor, heads: int, wanted: int) -> Tensor:
         """See `Operations.attend`; of long sequences and wide heads PyTorch's own kernels take care."""
         from composer_search.population.kernels.attention import rotary_attention, tables, takes
 
         if not takes(len(turns), joint.shape[2] // (3 * heads)):
-            return Plain().attend(joint, bias, turns, heads)
+            return Plain().attend(joint, bias, turns, heads, wanted)
         if len(turns) not in self._tables:  # kept, since a CUDA graph reads the memory that was there at its capture
             self._tables[len(turns)] = tables(turns)
-        return rotary_attention(joint, bias, *self._tables[len(turns)], heads, precision=self._precision)
+        return rotary_attention(joint, bias, *self._tables[len(turns)], heads, wanted, precision=self._precision)
 
     def mlp(self, h: Tensor, up: Tensor, gain: Tensor, down: Tensor) -> Tensor:
         """See `Operations.mlp`."""

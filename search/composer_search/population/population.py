@@ -9,7 +9,7 @@ from torch import Tensor
 
 from composer_search.candidate import Candidate
 from composer_search.mad import IGNORE, Counts
-from composer_search.population.feed import Feed, Questions, Row
+from composer_search.population.feed import Feed, Questions, Row, scored_positions
 from composer_search.population.layout import Layout
 from composer_search.population.memory import judged_at_once
 from composer_search.population.model import GroupedModel, Shape, stack_weights, unstack_weights
@@ -51,8 +51,9 @@ class Population:
         self._operations: Operations = Fused(_products_of_float32(settings.precision)) if fuse else Plain()
         data = rows[0].data
         dtype = torch.bfloat16 if settings.precision == "bfloat16" else settings.weight_dtype
-        self._shape = Shape(data.vocab_size, settings.widths.num_heads, data.autoencoder, dtype)
-        self._layout = Layout.of([row.sequence for row in rows])
+        scored = scored_positions(rows)
+        self._shape = Shape(data.vocab_size, settings.widths.num_heads, data.autoencoder, dtype, scored)
+        self._layout = Layout.of([row.sequence for row in rows], aligned=scored is not None)
         stacked = stack_weights(self._layout, _candidates(rows, settings))
         self._weights = {name: weight.to(device) for name, weight in stacked.items()}
         self._best = {name: weight.clone() for name, weight in self._weights.items()}
@@ -145,7 +146,7 @@ class Population:
     def _train_step(self) -> None:
         """One step of all rows. What it reads and writes stays where it is, and nothing waits for the device."""
         inputs, targets = self._feed.batch(self._cursor)
-        wanted = targets.flatten(1)
+        wanted = self._model.answers(targets)
         losses = self._operations.nats(self._model(inputs), wanted).sum(1) / (wanted != IGNORE).sum(1)
         of_leaves = torch.autograd.grad(losses.sum(), self._model.leaves())
         self._optimizer.step(self._model.gradients(of_leaves), self._table.index_select(0, self._cursor)[0])
@@ -158,7 +159,7 @@ class Population:
         counts = torch.zeros(3, rows, classes + 1, dtype=torch.int64, device=self.device)
         losses = torch.zeros(rows, dtype=torch.float64, device=self.device)
         for inputs, targets in questions.batches(judged_at_once(self.settings)):
-            logits, wanted = model(inputs), targets.flatten(1)
+            logits, wanted = model(inputs), model.answers(targets)
             _count(counts, logits.argmax(-1), wanted)
             losses += self._operations.nats(logits, wanted).sum(1)
         correct, target, predicted = counts[:, :, :classes].cpu().numpy()

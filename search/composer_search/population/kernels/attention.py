@@ -53,11 +53,12 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, joint: Tensor, bias: Tensor, cosine: Tensor, sine: Tensor, heads: int, precision: str
+        ctx: Any, joint: Tensor, bias: Tensor, cosine: Tensor, sine: Tensor, heads: int, wanted: int, precision: str
     ) -> Tensor:
         ctx.form, ctx.precision = form(len(cosine), joint.dtype), precision
         ctx.launch = ctx.form.default_launch(len(cosine), 2 * cosine.shape[1], joint.dtype)
-        kept, mixed, sums = ctx.form.forward(joint, bias, cosine, sine, heads, precision, ctx.launch)
+        last = {} if wanted == len(cosine) else {"wanted": wanted}
+        kept, mixed, sums = ctx.form.forward(joint, bias, cosine, sine, heads, precision, ctx.launch, **last)
         ctx.save_for_backward(cosine, sine, mixed, sums, *kept)
         return mixed
 
@@ -65,11 +66,11 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cosine, sine, mixed, sums, *kept = ctx.saved_tensors
         gradients = ctx.form.backward(kept, cosine, sine, mixed, grads[0], sums, ctx.precision, ctx.launch)
-        return *gradients, None, None, None, None
+        return *gradients, *[None] * 5
 
 
 def rotary_attention(
-    joint: Tensor, bias: Tensor, cosine: Tensor, sine: Tensor, heads: int, *, precision: str = "ieee"
+    joint: Tensor, bias: Tensor, cosine: Tensor, sine: Tensor, heads: int, wanted: int, *, precision: str = "ieee"
 ) -> Tensor:
     """Causal attention with rotary positions, from a joint projection without its bias.
 
@@ -79,10 +80,13 @@ def rotary_attention(
         cosine: [length, width / 2], and
         sine: the same, from `tables`.
         heads: Attention heads.
+        wanted: Last positions of each sequence that are asked for.
         precision: Of products of fp32: ``ieee`` or ``tf32``.
 
     Returns:
-        [rows, sequences · length, heads · width].
+        [rows, sequences · wanted, heads · width].
     """
-    mixed: Tensor = _Attention.apply(joint, bias, cosine, sine, heads, precision)
-    return mixed
+    length = len(cosine)
+    computed = length if form(length, joint.dtype) is attention_short else wanted  # one tile: there is nothing to save
+    mixed: Tensor = _Attention.apply(joint, bias, cosine, sine, heads, computed, precision)
+    return mixed if computed == wanted else mixed.unflatten(1, (-1, length))[:, :, length - wanted :].flatten(1, 2)

@@ -17,9 +17,12 @@ Measured on an H100 on 23 November 2026, forward and backward in ns a token of 1
 positions, 1.29 and 3.52 of 256. What lost there: tiles of 16 and of 32 positions, 2 and 8 warps, two heads a program
 and more, and to load for two rounds at once, 1.17 and 3.62 of 128 positions: hence `num_stages=1`.
 
-Legend: BLOCK, positions of a tile; `padded`, positions up to the end of the last tile; `turned` [sequences, HEADS, 3,
-padded, WIDE] with queries multiplied by the scale, `sums` and `delta` [sequences, HEADS, padded], `scratch`
-[sequences, HEADS, padded, WIDE].
+The mixture may be asked for at the last positions of each sequence alone (LAST). Tiles of queries before them are then
+left out, and a query that is not asked for has no gradient.
+
+Legend: BLOCK, positions of a tile; `padded`, positions up to the end of the last tile; `wanted`, last positions that
+are asked for, all unless LAST; `turned` [sequences, HEADS, 3, padded, WIDE] with queries multiplied by the scale,
+`sums` and `delta` [sequences, HEADS, padded], `scratch` [sequences, HEADS, padded, WIDE].
 """
 
 from __future__ import annotations
@@ -53,6 +56,18 @@ REGISTERS = 128
 Left alone it takes 163, of which a multiprocessor of an H100 holds three programs. So it holds four, and six numbers go
 to memory once a tile of keys: 2.51 ns a token instead of 2.80 at 128 positions, 3.18 instead of 3.40 at 256.
 """
+
+
+@triton.jit
+def _first_tile(length: tl.tensor, wanted: tl.tensor, BLOCK: tl.constexpr, LAST: tl.constexpr) -> tl.tensor:
+    """Where the first tile of queries begins."""
+    return (length - wanted) // BLOCK * BLOCK if LAST else 0
+
+
+@triton.jit
+def _place(position: tl.tensor, length: tl.tensor, wanted: tl.tensor, LAST: tl.constexpr) -> tl.tensor:
+    """The place of a position in the mixture; beyond its end if it has none there."""
+    return tl.where(position < length - wanted, wanted, position - (length - wanted)) if LAST else position
 
 
 @triton.jit
@@ -91,16 +106,17 @@ def _prepare(
 def _forward_kernel(
     joint_ptr: tl.tensor, bias_ptr: tl.tensor, cosine_ptr: tl.tensor, sine_ptr: tl.tensor, turned_ptr: tl.tensor,
     mixed_ptr: tl.tensor, sums_ptr: tl.tensor,
-    length: tl.tensor, padded: tl.tensor, per_row: tl.tensor, scale: tl.tensor,
+    length: tl.tensor, wanted: tl.tensor, padded: tl.tensor, per_row: tl.tensor, scale: tl.tensor,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
-    BLOCK: tl.constexpr, PREPARED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, PREPARED: tl.constexpr, PRECISION: tl.constexpr, LAST: tl.constexpr,
 ) -> None:  # fmt: skip
     sequence = (tl.program_id(0) // HEADS).to(tl.int64)
     head = tl.program_id(0) % HEADS
+    wanted = wanted if LAST else length
     dtype = joint_ptr.dtype.element_ty
     joint_ptr += sequence * length * (3 * HEADS * WIDTH) + head * WIDTH
     bias_ptr += (sequence // per_row) * (3 * HEADS * WIDTH) + head * WIDTH
-    mixed_ptr += sequence * length * (HEADS * WIDTH) + head * WIDTH
+    mixed_ptr += sequence * wanted * (HEADS * WIDTH) + head * WIDTH
     sums_ptr += (sequence * HEADS + head) * padded
     q_ptr = turned_ptr + (sequence * HEADS + head) * (3 * padded * WIDE)
     k_ptr = q_ptr + padded * WIDE
@@ -110,7 +126,7 @@ def _forward_kernel(
     )  # fmt: skip
     tl.debug_barrier()  # other threads of the program wrote what a thread reads now
     causal = tl.arange(0, BLOCK)[:, None] >= tl.arange(0, BLOCK)[None, :]
-    for start in range(0, padded, BLOCK):
+    for start in range(_first_tile(length, wanted, BLOCK, LAST), padded, BLOCK):
         query = start + tl.arange(0, BLOCK)
         q = _tile(q_ptr, query, WIDE, DEEP)
         k = _tile(k_ptr, query, WIDE, DEEP)
@@ -131,25 +147,28 @@ def _forward_kernel(
             total = total * shrink + tl.sum(weight, 1)
             mixed = tl.dot(weight.to(dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
             most = larger
-        here = query < length
+        place = _place(query, length, wanted, LAST)
+        here = place < wanted
         channel = tl.arange(0, WIDE)
-        offset = query[:, None] * (HEADS * WIDTH) + channel[None, :]
+        offset = place[:, None] * (HEADS * WIDTH) + channel[None, :]
         mask = here[:, None] & (channel < WIDTH)[None, :]
         tl.store(mixed_ptr + offset, (mixed * (1 / total)[:, None]).to(dtype), mask=mask)
-        # a query beyond the end has a sum that makes its weights 0 in the backward pass
+        # a query that is not asked for has a sum that makes its weights 0 in the backward pass
         tl.store(sums_ptr + query, tl.where(here, most + tl.log2(total), float("inf")))
 
 
 @triton.jit
 def _deltas(
-    mixed_ptr: tl.tensor, dmixed_ptr: tl.tensor, delta_ptr: tl.tensor, length: tl.tensor, padded: tl.tensor,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, PREPARED: tl.constexpr,
+    mixed_ptr: tl.tensor, dmixed_ptr: tl.tensor, delta_ptr: tl.tensor,
+    length: tl.tensor, wanted: tl.tensor, padded: tl.tensor,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, PREPARED: tl.constexpr, LAST: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write a head's `delta`."""
     for start in range(0, padded, PREPARED):
         position = start + tl.arange(0, PREPARED)
-        dmixed = load_mixed(dmixed_ptr, position, length, HEADS, WIDTH, WIDE)
-        mixed = load_mixed(mixed_ptr, position, length, HEADS, WIDTH, WIDE)
+        place = _place(position, length, wanted, LAST)
+        dmixed = load_mixed(dmixed_ptr, place, wanted, HEADS, WIDTH, WIDE)
+        mixed = load_mixed(mixed_ptr, place, wanted, HEADS, WIDTH, WIDE)
         delta = tl.sum(mixed.to(tl.float32) * dmixed.to(tl.float32), 1)
         tl.store(delta_ptr + position, delta, mask=position < padded)
 
@@ -157,13 +176,15 @@ def _deltas(
 @triton.jit
 def _queries(
     q_ptr: tl.tensor, dmixed_ptr: tl.tensor, sums_ptr: tl.tensor, delta_ptr: tl.tensor, query: tl.tensor,
-    length: tl.tensor, HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
+    length: tl.tensor, wanted: tl.tensor,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, LAST: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """What backward needs of queries: themselves and the mixture's gradient, both also DEEP; their sums and deltas."""
     deep_q = _tile(q_ptr, query, WIDE, DEEP)
-    deep_dmixed = load_mixed(dmixed_ptr, query, length, HEADS, WIDTH, DEEP)
+    place = _place(query, length, wanted, LAST)
+    deep_dmixed = load_mixed(dmixed_ptr, place, wanted, HEADS, WIDTH, DEEP)
     q = _tile(q_ptr, query, WIDE, WIDE)
-    dmixed = load_mixed(dmixed_ptr, query, length, HEADS, WIDTH, WIDE)
+    dmixed = load_mixed(dmixed_ptr, place, wanted, HEADS, WIDTH, WIDE)
     return q, deep_q, dmixed, deep_dmixed, tl.load(sums_ptr + query), tl.load(delta_ptr + query)
 
 
@@ -188,48 +209,49 @@ def _add_gradients(
 def _backward_kernel(
     turned_ptr: tl.tensor, cosine_ptr: tl.tensor, sine_ptr: tl.tensor, mixed_ptr: tl.tensor, dmixed_ptr: tl.tensor,
     sums_ptr: tl.tensor, delta_ptr: tl.tensor, scratch_ptr: tl.tensor, djoint_ptr: tl.tensor, dbias_ptr: tl.tensor,
-    length: tl.tensor, padded: tl.tensor, root: tl.tensor,
+    length: tl.tensor, wanted: tl.tensor, padded: tl.tensor, root: tl.tensor,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
-    BLOCK: tl.constexpr, PREPARED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, PREPARED: tl.constexpr, PRECISION: tl.constexpr, LAST: tl.constexpr,
 ) -> None:  # fmt: skip
     sequence = (tl.program_id(0) // HEADS).to(tl.int64)
     head = tl.program_id(0) % HEADS
+    wanted = wanted if LAST else length
     djoint_ptr += sequence * length * (3 * HEADS * WIDTH) + head * WIDTH
     dbias_ptr += sequence * (3 * HEADS * WIDTH) + head * WIDTH
-    mixed_ptr += sequence * length * (HEADS * WIDTH) + head * WIDTH
-    dmixed_ptr += sequence * length * (HEADS * WIDTH) + head * WIDTH
+    mixed_ptr += sequence * wanted * (HEADS * WIDTH) + head * WIDTH
+    dmixed_ptr += sequence * wanted * (HEADS * WIDTH) + head * WIDTH
     sums_ptr += (sequence * HEADS + head) * padded
     delta_ptr += (sequence * HEADS + head) * padded
     scratch_ptr += (sequence * HEADS + head) * (padded * WIDE)
     q_ptr = turned_ptr + (sequence * HEADS + head) * (3 * padded * WIDE)
     k_ptr = q_ptr + padded * WIDE
     v_ptr = k_ptr + padded * WIDE
-    _deltas(mixed_ptr, dmixed_ptr, delta_ptr, length, padded, HEADS, WIDTH, WIDE, PREPARED)
+    _deltas(mixed_ptr, dmixed_ptr, delta_ptr, length, wanted, padded, HEADS, WIDTH, WIDE, PREPARED, LAST)
     tl.debug_barrier()  # other threads of the program wrote what a thread reads now
     causal = tl.arange(0, BLOCK)[:, None] <= tl.arange(0, BLOCK)[None, :]
     channel = tl.arange(0, WIDE)
-    all_dq = tl.zeros([BLOCK, WIDE], tl.float32)
-    all_dk = tl.zeros([BLOCK, WIDE], tl.float32)
-    all_dv = tl.zeros([BLOCK, WIDE], tl.float32)
+    zeros = tl.zeros([BLOCK, WIDE], tl.float32)
+    all_dq, all_dk, all_dv = zeros, zeros, zeros
+    begin = _first_tile(length, wanted, BLOCK, LAST)
     for start in range(0, padded, BLOCK):
         key = start + tl.arange(0, BLOCK)
         deep_k = _tile(k_ptr, key, WIDE, DEEP)
         deep_v = _tile(v_ptr, key, WIDE, DEEP)
         k = _tile(k_ptr, key, WIDE, WIDE)
-        q, deep_q, dmixed, deep_dmixed, sums, delta = _queries(
-            q_ptr, dmixed_ptr, sums_ptr, delta_ptr, key, length, HEADS, WIDTH, WIDE, DEEP
-        )  # fmt: skip
-        dk = tl.zeros([BLOCK, WIDE], tl.float32)
-        dv = tl.zeros([BLOCK, WIDE], tl.float32)
-        dk, dv, dq = _add_gradients(
-            q, deep_q, k, deep_k, deep_v, dmixed, deep_dmixed, sums, delta, dk, dv, causal, True, PRECISION
-        )  # fmt: skip
-        if start > 0:
-            dq += tl.load(scratch_ptr + key[:, None] * WIDE + channel[None, :])
-        for after in range(start + BLOCK, padded, BLOCK):
+        dk, dv, dq = zeros, zeros, zeros
+        if not LAST or start >= begin:
+            q, deep_q, dmixed, deep_dmixed, sums, delta = _queries(
+                q_ptr, dmixed_ptr, sums_ptr, delta_ptr, key, length, wanted, HEADS, WIDTH, WIDE, DEEP, LAST
+            )  # fmt: skip
+            dk, dv, dq = _add_gradients(
+                q, deep_q, k, deep_k, deep_v, dmixed, deep_dmixed, sums, delta, dk, dv, causal, True, PRECISION
+            )  # fmt: skip
+            if start > 0:
+                dq += tl.load(scratch_ptr + key[:, None] * WIDE + channel[None, :])
+        for after in range(tl.maximum(start + BLOCK, begin) if LAST else start + BLOCK, padded, BLOCK):
             query = after + tl.arange(0, BLOCK)
             q, deep_q, dmixed, deep_dmixed, sums, delta = _queries(
-                q_ptr, dmixed_ptr, sums_ptr, delta_ptr, query, length, HEADS, WIDTH, WIDE, DEEP
+                q_ptr, dmixed_ptr, sums_ptr, delta_ptr, query, length, wanted, HEADS, WIDTH, WIDE, DEEP, LAST
             )  # fmt: skip
             dk, dv, more = _add_gradients(
                 q, deep_q, k, deep_k, deep_v, dmixed, deep_dmixed, sums, delta, dk, dv, causal, False, PRECISION
@@ -274,20 +296,25 @@ def _constants(width: int, launch: Launch) -> dict[str, int]:
 
 
 def forward(
-    joint: Tensor, bias: Tensor, cosine: Tensor, sine: Tensor, heads: int, precision: str, launch: Launch
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """What backward needs of the inputs, `turned`; the mixture; and the sums of the softmax as logarithms to base 2."""
+    joint: Tensor, bias: Tensor, cosine: Tensor, sine: Tensor, heads: int, precision: str, launch: Launch,
+    wanted: int | None = None,
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:  # fmt: skip
+    """What backward needs of the inputs, `turned`; the mixture; and the sums of the softmax as logarithms to base 2.
+
+    With `wanted`, the mixture at so many last positions of each sequence.
+    """
     length, width = cosine.shape[0], 2 * cosine.shape[1]
+    wanted = wanted or length
     rows, tokens, _ = joint.shape
     sequences = rows * tokens // length
     constants = _constants(width, launch)
     padded = triton.cdiv(length, launch.positions) * launch.positions
     turned = joint.new_empty(sequences, heads, 3, padded, constants["WIDE"])
-    mixed = joint.new_empty(rows, tokens, heads * width)
+    mixed = joint.new_empty(rows, tokens // length * wanted, heads * width)
     sums = torch.empty(sequences, heads, padded, dtype=torch.float32, device=joint.device)
     _forward_kernel[(sequences * heads,)](
-        joint, bias, cosine, sine, turned, mixed, sums, length, padded, tokens // length, width**-0.5 * LOG2E,
-        HEADS=heads, PRECISION=precision, **constants,
+        joint, bias, cosine, sine, turned, mixed, sums, length, wanted, padded, tokens // length, width**-0.5 * LOG2E,
+        HEADS=heads, PRECISION=precision, LAST=wanted < length, **constants,
     )  # fmt: skip
     return (turned,), mixed, sums
 
@@ -299,15 +326,17 @@ def backward(
     """The gradients of the joint projection and of its bias, from what `forward` returned, launched alike."""
     (turned,) = kept
     length, width = cosine.shape[0], 2 * cosine.shape[1]
-    rows, tokens, hidden = mixed.shape
+    rows, _, hidden = mixed.shape
     sequences, heads, _, padded, wide = turned.shape
+    per_row = sequences // rows
+    wanted = mixed.shape[1] // per_row
     delta = torch.empty_like(sums)
     scratch = torch.empty(sequences, heads, padded, wide, dtype=torch.float32, device=mixed.device)
-    djoint = mixed.new_empty(rows, tokens, 3 * hidden)
-    dbias = torch.empty(rows, tokens // length, 3 * hidden, dtype=torch.float32, device=mixed.device)
+    djoint = mixed.new_empty(rows, per_row * length, 3 * hidden)
+    dbias = torch.empty(rows, per_row, 3 * hidden, dtype=torch.float32, device=mixed.device)
     _backward_kernel[(sequences * heads,)](
-        turned, cosine, sine, mixed, dmixed.contiguous(), sums, delta, scratch, djoint, dbias, length, padded,
+        turned, cosine, sine, mixed, dmixed.contiguous(), sums, delta, scratch, djoint, dbias, length, wanted, padded,
         width**-0.5,
-        HEADS=heads, PRECISION=precision, maxnreg=launch.registers, **_constants(width, launch),
+        HEADS=heads, PRECISION=precision, LAST=wanted < length, maxnreg=launch.registers, **_constants(width, launch),
     )  # fmt: skip
     return djoint, dbias.sum(1)

@@ -3,19 +3,21 @@
 For the row at place s before and t after, with out the output of its block, if it has one, and b that block's bias:
 
     y[t] = x[s] + out[s] + b[s]        r = 1 / √(mean(y²) + eps)        h[t] = r · y[t]
-    dy' = dy[t] + r · (dh[t] - r² · y[t] · mean(dh[t] · y[t]))          dx[s] = dout[s] = dy'
+    dy' = dy[t] + r · (dh[t] - h[t] · mean(dh[t] · h[t]))               dx[s] = dout[s] = dy'
 
 Bytes for a token of H channels, the stream in fp32 and the rest in 16 bits: forward reads x and out and writes y and h,
-12H; backward reads dy, dh and y and writes dx and dout, 16H. PyTorch's operations one after the other move four times
-as much.
+12H; backward reads dy, dh and h and writes dx and dout, 14H. PyTorch's operations one after the other move four times
+as much. Backward takes h as rounded as it is, like dh: y, twice the bytes, is not kept.
 
-Legend: `back`, for each place before the place after; HIDDEN, channels, and WIDE, the power of two that holds them;
-a program handles BLOCK tokens of one row. One launch for each group of rows, which share a block's output.
+Each group before has an output of its own, and each group after a normalised stream, so that no gradient of parts has
+to be put together. Forward is launched once for each group before, backward once for each group after.
+
+Legend: `back`, for each place before the place after, and `order`, the inverse; HIDDEN, channels, and WIDE, the power
+of two that holds them; a program handles BLOCK tokens of one row.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,11 +29,14 @@ from torch import Tensor
 BLOCK_NUMBERS = 4096
 """Numbers a program handles: 32 a thread."""
 
+Moves = tuple[Tensor | None, Tensor | None]
+"""`order` and `back`; None where all stay."""
+
 
 @triton.jit(do_not_specialize=["first"])
 def _forward_kernel(
     x_ptr: tl.tensor, out_ptr: tl.tensor, bias_ptr: tl.tensor, back_ptr: tl.tensor, y_ptr: tl.tensor, h_ptr: tl.tensor,
-    first: tl.tensor, tokens: tl.tensor, eps: tl.tensor,
+    roots_ptr: tl.tensor, first: tl.tensor, tokens: tl.tensor, eps: tl.tensor,
     HIDDEN: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     MOVE: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -50,38 +55,38 @@ def _forward_kernel(
     root = tl.rsqrt(tl.sum(y * y, 1) / HIDDEN + eps)
     tl.store(y_ptr + target * tokens * HIDDEN + offset, y, mask=mask)
     tl.store(h_ptr + target * tokens * HIDDEN + offset, (y * root[:, None]).to(h_ptr.dtype.element_ty), mask=mask)
+    tl.store(roots_ptr + target * tokens + token, root, mask=token < tokens)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "added"])
 def _backward_kernel(
-    dy_ptr: tl.tensor, dh_ptr: tl.tensor, y_ptr: tl.tensor, back_ptr: tl.tensor, dx_ptr: tl.tensor, dout_ptr: tl.tensor,
-    dbias_ptr: tl.tensor, first: tl.tensor, tokens: tl.tensor, eps: tl.tensor,
+    dy_ptr: tl.tensor, dh_ptr: tl.tensor, h_ptr: tl.tensor, roots_ptr: tl.tensor, order_ptr: tl.tensor,
+    dx_ptr: tl.tensor, dout_ptr: tl.tensor, dbias_ptr: tl.tensor, first: tl.tensor, tokens: tl.tensor, added: tl.tensor,
     HIDDEN: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     MOVE: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, DY: tl.constexpr, DH: tl.constexpr,
 ) -> None:  # fmt: skip
     member = tl.program_id(1).to(tl.int64)
-    source = first + member
-    target = tl.load(back_ptr + source) if MOVE else source
+    target = first + member
+    source = tl.load(order_ptr + target) if MOVE else target
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, WIDE)
     mask = (token < tokens)[:, None] & (channel < HIDDEN)[None, :]
     offset = token[:, None] * HIDDEN + channel[None, :]
-    moved = target * tokens * HIDDEN + offset
     dx = tl.zeros([BLOCK, WIDE], tl.float32)
     if DY:
-        dx += tl.load(dy_ptr + moved, mask=mask, other=0.0)
+        dx += tl.load(dy_ptr + target * tokens * HIDDEN + offset, mask=mask, other=0.0)
     if DH:
-        y = tl.load(y_ptr + moved, mask=mask, other=0.0)
-        dh = tl.load(dh_ptr + moved, mask=mask, other=0.0).to(tl.float32)
-        root = tl.rsqrt(tl.sum(y * y, 1) / HIDDEN + eps)
-        along = tl.sum(dh * y, 1) / HIDDEN * root * root
-        dx += root[:, None] * (dh - y * along[:, None])
+        h = tl.load(h_ptr + target * tokens * HIDDEN + offset, mask=mask, other=0.0).to(tl.float32)
+        dh = tl.load(dh_ptr + member * tokens * HIDDEN + offset, mask=mask, other=0.0).to(tl.float32)
+        root = tl.load(roots_ptr + target * tokens + token, mask=token < tokens, other=0.0)
+        along = tl.sum(dh * h, 1) / HIDDEN
+        dx += root[:, None] * (dh - h * along[:, None])
     tl.store(dx_ptr + source * tokens * HIDDEN + offset, dx, mask=mask)
-    if ADD:
+    if ADD:  # rows without a block come last
         dout = dx.to(dout_ptr.dtype.element_ty)
-        tl.store(dout_ptr + member * tokens * HIDDEN + offset, dout, mask=mask)
+        tl.store(dout_ptr + source * tokens * HIDDEN + offset, dout, mask=mask & (source < added))
     if BIAS:
-        place = (member * tl.num_programs(0) + tl.program_id(0)) * HIDDEN + channel
+        place = (source * tl.num_programs(0) + tl.program_id(0)) * HIDDEN + channel
         tl.store(dbias_ptr + place, tl.sum(dx, 0), mask=channel < HIDDEN)
 
 
@@ -90,41 +95,47 @@ class _Residual(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, back: Tensor | None, dtype: torch.dtype, eps: float, biased: Sequence[bool], *rest: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, x: Tensor, moves: Moves, sizes: Sequence[int], dtype: torch.dtype, eps: float, biased: Sequence[bool],
+        *rest: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         outs, biases = rest[: len(biased)], iter(rest[len(biased) :])
+        order, back = moves
         y, h = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
-        ctx.groups = list(_groups([len(out) for out in outs], len(x)))
-        for (first, size), out, has in zip(ctx.groups, [*outs, None], [*biased, False], strict=False):
+        roots = x.new_empty(x.shape[:2])
+        groups = _groups([len(out) for out in outs], len(x))
+        for (first, size), out, has in zip(groups, [*outs, None], [*biased, False], strict=False):
             bias = next(biases) if has else None
             grid, shape = _grid(x, size)
             _forward_kernel[grid](
-                x, x if out is None else out, x if bias is None else bias, x if back is None else back, y, h,
+                x, x if out is None else out, x if bias is None else bias, x if back is None else back, y, h, roots,
                 first, x.shape[1], eps,
                 **shape, MOVE=back is not None, ADD=out is not None, BIAS=has, num_warps=4,
             )  # fmt: skip
-        ctx.save_for_backward(y, back)
-        ctx.eps, ctx.biased, ctx.dtype = eps, biased, outs[0].dtype if outs else None
+        ctx.save_for_backward(h, roots, order)
+        ctx.sizes, ctx.biased, ctx.of_outs = sizes, biased, [len(out) for out in outs]
+        ctx.narrow = outs[0].dtype if outs else dtype
         ctx.set_materialize_grads(False)
-        return y, h
+        return y, *h.split(sizes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        y, back = ctx.saved_tensors
-        dy, dh = (None if grad is None else grad.contiguous() for grad in grads)
-        dx = torch.empty_like(y)
-        douts = [y.new_empty(size, *y.shape[1:], dtype=ctx.dtype) for _, size in ctx.groups[: len(ctx.biased)]]
-        dbiases = []
-        for (first, size), dout, has in itertools.zip_longest(ctx.groups, douts, ctx.biased):
-            grid, shape = _grid(y, size)
-            dbiases += [y.new_empty(size, grid[0], y.shape[2])] if has else []
+        h, roots, order = ctx.saved_tensors
+        dy, *dhs = (None if grad is None else grad.contiguous() for grad in grads)
+        added, (rows, tokens, hidden) = sum(ctx.of_outs), h.shape
+        dx = torch.empty_like(h, dtype=roots.dtype)
+        dout = h.new_empty(added, tokens, hidden, dtype=ctx.narrow)
+        dbias = roots.new_empty(rows, _grid(h, rows)[0][0], hidden) if any(ctx.biased) else dx
+        for (first, size), dh in zip(_groups(ctx.sizes, rows), dhs, strict=True):
+            grid, shape = _grid(h, size)
             _backward_kernel[grid](
-                y if dy is None else dy, y if dh is None else dh, y, y if back is None else back, dx,
-                dx if dout is None else dout, dbiases[-1] if has else dx, first, y.shape[1], ctx.eps,
-                **shape, MOVE=back is not None, ADD=dout is not None, BIAS=bool(has), DY=dy is not None,
+                dx if dy is None else dy, h if dh is None else dh, h, roots, dx if order is None else order, dx, dout,
+                dbias, first, tokens, added,
+                **shape, MOVE=order is not None, ADD=added > 0, BIAS=any(ctx.biased), DY=dy is not None,
                 DH=dh is not None, num_warps=4,
             )  # fmt: skip
-        return dx, None, None, None, None, *douts, *(each.sum(1) for each in dbiases)
+        parts = zip(dbias[:added].split(ctx.of_outs), ctx.biased, strict=True)
+        dbiases = (part.sum(1) for part, has in parts if has)
+        return dx, *[None] * 5, *dout.split(ctx.of_outs), *dbiases
 
 
 def _groups(sizes: Sequence[int], rows: int) -> Iterator[tuple[int, int]]:
@@ -149,24 +160,27 @@ def residual(
     x: Tensor,
     outs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    back: Tensor | None,
+    moves: Moves,
+    sizes: Sequence[int],
     dtype: torch.dtype,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
     """Add the groups' outputs to the stream, re-order the rows and normalise.
 
     Args:
         x: The stream [rows, tokens, hidden], fp32.
         outs: Each group's output [rows of the group, tokens, hidden], the groups in the order of their rows.
         biases: Each group's bias [rows of the group, hidden], fp32, or None.
-        back: For each place before, the place after; None where all stay.
+        moves: For each place after, the place before, and the inverse; None where all stay.
+        sizes: Rows of each part of the new order; all rows together.
         dtype: Of the normalised stream.
         eps: Of the norm.
 
     Returns:
-        The stream and the stream normalised, both [rows, tokens, hidden] in the new order.
+        The stream [rows, tokens, hidden] in the new order, and the parts of the stream normalised.
     """
     biased = [bias is not None for bias in biases]
     given = [bias for bias in biases if bias is not None]
-    y, h = _Residual.apply(x.contiguous(), back, dtype, eps, biased, *[out.contiguous() for out in outs], *given)
-    return y, h
+    own = [out.contiguous() for out in outs]
+    y, *parts = _Residual.apply(x.contiguous(), moves, sizes, dtype, eps, biased, *own, *given)
+    return y, parts
