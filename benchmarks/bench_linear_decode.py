@@ -16,14 +16,21 @@ from typing import get_args
 
 import torch
 import torch.nn.functional as F
+from contest import compiled
 from session import Session, session
 from timing import Call, Row, contend, host_seconds, relative_error, set_count, tune
 from torch import Tensor
 
+from composer_kernels._linear_decode_rows import (
+    RowsLaunch,
+    default_rows_launch,
+    launch_rows,
+    padded,
+)
 from composer_kernels.linear_decode import (
     Launch,
     default_launch,
-    launch_linear,
+    launch_row,
     linear_decode,
     linear_decode_reference,
 )
@@ -63,13 +70,16 @@ QUICK = [
 ]
 SHAPES = [
     *QUICK,
-    *(dataclasses.replace(shape, rows=rows) for rows in (2, 4, 8) for shape in QUICK),
+    *(dataclasses.replace(shape, rows=rows) for rows in (2, 8, 16, 32, 64) for shape in QUICK),
     Shape(1, 5120, 3072, norm=True),
     Shape(1, 8192, 3072, norm=True, gated=True),
     Shape(1, 3072, 8192),
     Shape(1, 14336, 4096, norm=True, gated=True),
     Shape(1, 4096, 14336),
 ]
+
+TUNED_ROWS = (1, 2, 8, 16, 32, 64)
+"""Rows with which ``--tune`` times the quick shapes; ``--only`` chooses some, as in `8 rows`."""
 
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """x, weight, and the norm's weight or the residual."""
@@ -101,8 +111,8 @@ def contenders(shape: Shape) -> dict[str, Callable[[Inputs], Tensor]]:
         return linear_decode_reference(x, weight, norm_weight=norm, residual=residual, gated=shape.gated)
 
     overlapping = functools.partial(ours, overlap="tail")
-    compiled = torch.compile(written_down, dynamic=False)
-    return {"composer": ours, "composer overlap": overlapping, "cublas + ours": cublas, "torch.compile": compiled}
+    peers = {"cublas + ours": cublas, "torch.compile": compiled(written_down)}
+    return {"composer": ours, "composer overlap": overlapping, **peers}
 
 
 def compare(shape: Shape, run: Session) -> Iterator[Row]:
@@ -124,17 +134,31 @@ def compare(shape: Shape, run: Session) -> Iterator[Row]:
         yield contend(str(shape), name, shape.bytes, run.limits.read, make, error=error)
 
 
+def overlap_here() -> Overlap:
+    """What a decoding step uses on this GPU."""
+    return "tail" if can_overlap(torch.cuda.current_device()) else "none"
+
+
 def launches(shape: Shape) -> Iterator[Launch]:
-    """Launches worth timing: such as give a thread 16 to 64 elements of a block, which are 2 to 8 accesses."""
-    overlap: Overlap = "tail" if can_overlap(torch.cuda.current_device()) else "none"
-    largest = 8192 if shape.rows == 1 else 512
+    """Launches of one row worth timing: they give a thread 16 to 64 elements of a block, which are 2 to 8 accesses."""
     for outputs, block, warps in itertools.product((1, 2, 4, 8, 16), (256, 512, 1024, 2048, 4096, 8192), (2, 4, 8, 16)):
         elements = outputs * block * (2 if shape.gated else 1) // (32 * warps)
-        if elements in (16, 32, 64) and block <= min(largest, shape.inputs):
-            yield Launch(outputs, block, warps, overlap)
+        if elements in (16, 32, 64) and block <= min(8192, shape.inputs):
+            yield Launch(outputs, block, warps, overlap_here())
 
 
-def refine(best: Launch) -> Iterator[Launch]:
+def rows_launches(shape: Shape) -> Iterator[RowsLaunch]:
+    """Launches of several rows worth timing: 24 to 100 KB of blocks in a program, and registers for its sums."""
+    lines, halves = padded(shape.rows), 2 if shape.gated else 1
+    for outputs, block, warps in itertools.product((16, 32, 64), (32, 64), (4, 8)):
+        kilobytes = warps * block * (outputs * halves + lines) * 2 / 1024
+        stages = 1 + min(5, int(96 / kilobytes))
+        fits = stages > 2 and kilobytes * (stages - 1) >= 24
+        if fits and outputs * halves * lines <= 4096 and shape.outputs // outputs >= 64:
+            yield RowsLaunch(outputs, block, stages, warps, overlap_here())
+
+
+def refine[L: (Launch, RowsLaunch)](best: L) -> Iterator[L]:
     """The best one with other overlaps."""
     for overlap in get_args(Overlap) if can_overlap(torch.cuda.current_device()) else ():
         yield dataclasses.replace(best, overlap=overlap)
@@ -146,10 +170,17 @@ def tune_linear(shape: Shape, limit: float) -> list[Row]:
 
     def call(index: int, launch: Launch) -> list[Tensor | None]:
         x, weight, norm, residual = sets[index]
-        return [launch_linear(x, weight, norm, 1e-5, residual, shape.gated, None, launch)]
+        return [launch_row(x, weight, norm, 1e-5, residual, shape.gated, None, launch)]
 
-    default = default_launch(shape.rows, shape.outputs, shape.inputs, shape.gated)
-    return tune(str(shape), shape.bytes, limit, call, default, launches(shape), refine)
+    def call_rows(index: int, launch: RowsLaunch) -> list[Tensor | None]:
+        x, weight, norm, residual = sets[index]
+        return [launch_rows(x, weight, norm, 1e-5, residual, shape.gated, None, launch)]
+
+    if shape.rows == 1:
+        default = default_launch(shape.outputs, shape.inputs, shape.gated)
+        return tune(str(shape), shape.bytes, limit, call, default, launches(shape), refine)
+    default_rows = default_rows_launch(shape.rows, shape.outputs, shape.gated, BF16)
+    return tune(str(shape), shape.bytes, limit, call_rows, default_rows, rows_launches(shape), refine)
 
 
 def host_times() -> dict[str, dict[str, float]]:
@@ -165,7 +196,11 @@ def host_times() -> dict[str, dict[str, float]]:
 def main() -> None:
     """Run from the command line."""
     with session("linear_decode", __doc__) as run, torch.no_grad():
-        for shape in QUICK if run.options.quick or run.options.tune else SHAPES:
+        shapes = QUICK if run.options.quick else SHAPES
+        if run.options.tune:
+            by_rows = {f"{n} rows": [dataclasses.replace(shape, rows=n) for shape in QUICK] for n in TUNED_ROWS}
+            shapes = [shape for group in run.chosen(by_rows).values() for shape in group]
+        for shape in shapes:
             if run.options.tune:
                 run.add(tune_linear(shape, run.limits.read))
             else:

@@ -3,8 +3,8 @@
 A kernel alone does not show what it does to the one after it, which may begin earlier (programmatic dependent launch).
 Here the products of a Llama's decoding step, one request and little context, change their launch one after the other,
 and the whole step is timed in its CUDA graph; each product keeps its best before the next one is tried. At the end the
-best launches of all are timed with every overlap, and with up to eight requests fused and unfused steps beside each
-other.
+best launches of all are timed with every overlap, and with up to 64 requests fused and unfused steps beside each other:
+these have a kernel of their own, whose launches `bench_linear_decode.py --tune` times.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from bench_inference import BF16, DEVICE, IN_GRAPH, ROOM, time_steps
 from timing import own_stream
 
-from composer_kernels.linear_decode import Launch, launch_linear
+from composer_kernels.linear_decode import Launch, launch_row
 from composer_kernels.overlap import Overlap
 from composer_megatron.architecture import Architecture
 from composer_megatron.env import environment
@@ -43,18 +43,18 @@ TRIAL = (IN_GRAPH[0], 4)
 
 
 class Launches:
-    """Stands in for `default_launch`: launches by product, for one row, in place of the defaults."""
+    """Stands in for `default_launch`: launches by product in place of the defaults."""
 
     def __init__(self) -> None:
         """Begin with the defaults."""
         self.default = op.default_launch
         self.chosen: dict[Product, Launch] = {}
 
-    def __call__(self, rows: int, outputs: int, inputs: int, gated: bool, overlap: Overlap = "none") -> Launch:
+    def __call__(self, outputs: int, inputs: int, gated: bool, overlap: Overlap = "none") -> Launch:
         """As `default_launch`."""
-        found = self.chosen.get((outputs, inputs, gated)) if rows == 1 else None
+        found = self.chosen.get((outputs, inputs, gated))
         if found is None:
-            return self.default(rows, outputs, inputs, gated, overlap)
+            return self.default(outputs, inputs, gated, overlap)
         return dataclasses.replace(found, overlap=overlap)
 
 
@@ -91,7 +91,7 @@ def compile_all(weights: Weights, overlap: Overlap) -> None:
         x = torch.ones(1, inputs, dtype=BF16, device=DEVICE)
         weight = torch.empty(outputs * (2 if gated else 1), inputs, dtype=BF16, device=DEVICE)
         norm, residual = (x[0], None) if norms[product] else (None, x.new_ones(1, outputs))
-        launch_linear(x, weight, norm, weights.epsilon, residual, gated, None, launch)
+        launch_row(x, weight, norm, weights.epsilon, residual, gated, None, launch)
 
     torch.cuda.synchronize()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -162,7 +162,7 @@ def tune(options: argparse.Namespace) -> None:
         keep(product=product, best=dataclasses.asdict(before) if before else "the default", us=best)
     for each in get_args(Overlap):
         keep(product="all", launch="best", overlap=each, us=step(each))
-    for requests, fused in itertools.product((1, 2, 4, 8), (True, False)):
+    for requests, fused in itertools.product((1, 2, 8, 32, 64), (True, False)):
         keep(
             product="all",
             launch="best",

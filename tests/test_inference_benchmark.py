@@ -62,7 +62,8 @@ def bench(monkeypatch, tmp_path):
         sys.modules.pop(name, None)
 
 
-def test_every_cell_has_a_row(bench):
+def test_every_cell_has_a_row(bench, monkeypatch):
+    monkeypatch.setattr(bench.module, "MOST_ROWS", 8)
     found = bench("--batches", "1", "9", "--contexts", "5", "17", "--models", "llama", "stacked")
     rows = found["rows"]
     assert [(row["batch"], row["context"], row["model"]) for row in rows] == [
@@ -144,7 +145,7 @@ def test_tuning_keeps_of_each_product_the_launch_with_which_a_step_is_quickest(b
     tuner = importlib.import_module("tune_decoding")
     monkeypatch.setattr(tuner, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(tuner, "own_stream", contextlib.nullcontext)
-    monkeypatch.setattr(tuner, "launch_linear", lambda *arguments: None)
+    monkeypatch.setattr(tuner, "launch_row", lambda *arguments: None)
     monkeypatch.setattr(tuner.op, "default_launch", tuner.op.default_launch)  # put back at the end
 
     def time_steps(engine, context, plan):
@@ -165,5 +166,5 @@ def test_tuning_keeps_of_each_product_the_launch_with_which_a_step_is_quickest(b
         product: "the default" if product[1] == 64 else 8 for product in best
     }
     assert {(row["requests"], row["fused"]) for row in rows if "requests" in row} == {
-        (requests, fused) for requests in (1, 2, 4, 8) for fused in (True, False)
+        (requests, fused) for requests in (1, 2, 8, 32, 64) for fused in (True, False)
     }

@@ -27,15 +27,20 @@ from composer_megatron.inference.cache import LayerCache, cache_bytes, make_cach
 from composer_megatron.inference.limits import SPARE
 from composer_megatron.inference.weights import Block, Weights
 
-FUSED_ROWS = 1
-"""Requests up to which one kernel for norm, product and SwiGLU is known to pay.
+FUSED_ROWS = 8
+"""Requests up to which `linear_decode` is quicker than cuBLAS with the kernels around its products.
 
-With one request a step of the 1b takes 1.08 ms on an H100, and 1.30 with cuBLAS; with eight 7.0 and 1.37
-(`benchmarks/bench_inference.py`). Between them cuBLAS can lose little, and the kernel's time is not known.
+On an H100 a step of Llama 1b at 512 tokens takes 1.08 ms by it and 1.30 by cuBLAS with one request, 1.22 and 1.37 with
+eight, to which two to seven are padded, and 1.77 and 1.52 with 32 (`benchmarks/bench_inference.py`).
 """
 
-OVERLAP: Overlap = "tail"
-"""How far these kernels overlap if not told: it saves 2.8 to 4.2 % of a step of one request there."""
+
+def best_overlap(rows: int) -> Overlap:
+    """How far these kernels should overlap in a step of so many requests.
+
+    Up to the tail saves 2.8 to 4.2 % of a step of one request there, and costs 5 % with eight.
+    """
+    return "tail" if rows == 1 else "none"
 
 
 class Decoder:
@@ -51,7 +56,7 @@ class Decoder:
     """
 
     def __init__(
-        self, weights: Weights, rows: int, capacity: int, *, fused: bool | None = None, overlap: Overlap = OVERLAP
+        self, weights: Weights, rows: int, capacity: int, *, fused: bool | None = None, overlap: Overlap | None = None
     ) -> None:
         """Allocate the cache.
 
@@ -60,10 +65,11 @@ class Decoder:
             rows: As the attribute.
             capacity: As the attribute.
             fused: As the attribute; None for where it pays.
-            overlap: As the attribute, on GPUs that can.
+            overlap: As the attribute, on GPUs that can; None for the best.
         """
-        self.weights, self.rows, self.capacity, self.overlap = weights, rows, capacity, overlap
+        self.weights, self.rows, self.capacity = weights, rows, capacity
         self.fused = (weights.embedding.is_cuda and rows <= FUSED_ROWS) if fused is None else fused
+        self.overlap = best_overlap(rows) if overlap is None else overlap
         self.cache = make_cache(weights, rows, capacity)
         positions = torch.arange(capacity + SPARE + 1, dtype=torch.float32, device=weights.embedding.device)
         angles = torch.outer(positions, weights.frequencies)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from composer_kernels.overlap import Overlap
 from composer_megatron.errors import UsageError
-from composer_megatron.inference.decoder import OVERLAP, Decoder
+from composer_megatron.inference.decoder import Decoder
 from composer_megatron.inference.limits import PREFILL_TOKENS, SPARE
 from composer_megatron.inference.sampling import Sampling, Settings, draw, likeliest
 from composer_megatron.inference.weights import Weights
@@ -91,7 +91,7 @@ class Engine:
         vocab_size: int | None = None,
         graph: bool = True,
         fused: bool | None = None,
-        overlap: Overlap = OVERLAP,
+        overlap: Overlap | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
         """Allocate everything; the graph is captured at the first step.

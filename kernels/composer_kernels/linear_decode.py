@@ -3,21 +3,25 @@
     y = x̂ · Wᵀ  (+ residual)          x̂ = x, or its RMSNorm x / sqrt(mean(x²) + eps) · norm_weight
     y = silu(x̂ · Gᵀ) · (x̂ · Uᵀ)       with gate and up one above the other in W = [G; U]
 
-so that a whole block of a model takes two calls beside its attention. Sums are in fp32, nothing is rounded in between.
+so that a whole block of a model takes two calls beside its attention. Sums are in fp32.
 
-Bytes: W once, 2NK (4NK with a gate) in 16 bits; everything else is small. FLOPs are 1 for each byte and row, on the
-scalar units, which would leave memory to decide up to `MOST_ROWS`. With one row it does; with eight the kernel is far
-from it: a decoding step of a 1b takes 7.0 ms on an H100 where cuBLAS takes 1.4. Between them nothing was measured.
+Bytes: W once, 2NK (4NK with a gate) in 16 bits; everything else is small. FLOPs: 1 for each byte and row. Launches: 1;
+with several rows in float16, and with more than 16 in any type, one of `rms_norm` before it where there is a norm.
+Error: that of sums in fp32 and one rounding of the result; with several rows x · norm_weight is rounded besides, as
+PyTorch rounds a norm's result.
+
+Here is the kernel for one row, on the scalar units: memory decides. `_linear_decode_rows` has that for more, on tensor
+cores; it has been compiled and interpreted, and its times are not known.
 
 A program takes some rows of W whole, so that no partial sums go through memory; the norm's factor is the same for all
-of a row's products and multiplies their sum at the end, so that no program waits for it before it streams.
+of the products and multiplies their sum at the end, so that no program waits for it before it streams.
 
 A block of W is on its way while the one before is summed. The first needs nothing of the kernel before, and can be
 loaded while that one ends (`composer_kernels.overlap`).
 
 Memory: y.
 
-Legend: N outputs, K inputs, ROWS rows of x; a program handles BLOCK_N outputs, BLOCK_K inputs at a time.
+Legend: N outputs, K inputs; a program handles BLOCK_N outputs, BLOCK_K inputs at a time.
 """
 
 from __future__ import annotations
@@ -32,13 +36,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from composer_kernels._launch import Kernel, as_rows, check_dtypes, describe, power_of_2, runs_kernel
+from composer_kernels._launch import Kernel, as_rows, check_dtypes, describe, runs_kernel
+from composer_kernels._linear_decode_rows import launch_rows
 from composer_kernels.overlap import Overlap, can_overlap
 from composer_kernels.rms_norm import rms_norm_reference
 from composer_kernels.swiglu import swiglu_reference
 
-MOST_ROWS = 8
-"""Rows of x up to which the kernel computes; it is for one, and with more the matrix units of a GPU pay."""
+MOST_ROWS = 64
+"""Rows of x up to which the kernels compute; with more, x is no longer small beside W."""
 
 
 @triton.jit
@@ -52,51 +57,15 @@ def _load(
 
 
 @triton.jit
-def _add_block(
-    sums: tl.tensor, sums_up: tl.tensor, squares: tl.tensor, w: tl.tensor, up: tl.tensor, start: tl.tensor,
-    x_ptr: tl.tensor, norm_ptr: tl.tensor, x_stride: tl.tensor,
-    K: tl.constexpr, ROWS: tl.constexpr, LINES: tl.constexpr, BLOCK_K: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    """The sums with what these columns of W and of its other half contribute."""
-    k = start + tl.arange(0, BLOCK_K)
-    valid = k < K
-    line = tl.arange(0, LINES)
-    w = w.to(tl.float32)
-    up = up.to(tl.float32)
-    scale = tl.full([BLOCK_K], 1.0, tl.float32)
-    if NORM:
-        scale = tl.load(norm_ptr + k, mask=valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    for row in tl.static_range(ROWS):
-        x_row = x_ptr + row * x_stride + k
-        x = tl.load(x_row, mask=valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        scaled = (x * scale)[None, :]
-        if ROWS == 1:
-            sums += w * scaled
-            squares += x * x
-            if GATED:
-                sums_up += up * scaled
-        else:
-            mine = line == row
-            sums += tl.where(mine[None, :], tl.sum(w * scaled, 1)[:, None], 0.0)
-            squares += tl.where(mine, tl.sum(x * x, 0), 0.0)
-            if GATED:
-                sums_up += tl.where(mine[None, :], tl.sum(up * scaled, 1)[:, None], 0.0)
-    return sums, sums_up, squares
-
-
-@triton.jit
 def _kernel(
     x_ptr: tl.tensor, w_ptr: tl.tensor, norm_ptr: tl.tensor, residual_ptr: tl.tensor, y_ptr: tl.tensor,
-    x_stride: tl.tensor, w_stride: tl.tensor, residual_stride: tl.tensor, eps: tl.tensor,
-    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LINES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+    w_stride: tl.tensor, eps: tl.tensor,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
     NORM: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr,
 ) -> None:  # fmt: skip
     if OVERLAP == "full":
         tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    line = tl.arange(0, LINES)  # ROWS, padded to a power of 2
     inside = n < N
     w_rows = w_ptr + n.to(tl.int64)[:, None] * w_stride
     up_rows = w_rows + N * w_stride
@@ -108,35 +77,31 @@ def _kernel(
         tl.extra.cuda.gdc_wait()
     if OVERLAP == "tail":
         tl.extra.cuda.gdc_launch_dependents()
-    # One row is summed at the end, over registers that each hold the sum of every BLOCK_K-th product; more rows would
-    # need too many registers, and are summed block by block.
-    width: tl.constexpr = BLOCK_K if ROWS == 1 else LINES
-    sums = tl.zeros([BLOCK_N, width], tl.float32)
-    sums_up = tl.zeros([BLOCK_N, width], tl.float32)
-    squares = tl.zeros([width], tl.float32)
+    sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)  # each of every BLOCK_K-th product
+    sums_up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    squares = tl.zeros([BLOCK_K], tl.float32)
     for start in tl.range(0, K, BLOCK_K):
         next_w = _load(w_rows, start + BLOCK_K, inside, K, BLOCK_K)  # on its way while this block is summed
         next_up = next_w
         if GATED:
             next_up = _load(up_rows, start + BLOCK_K, inside, K, BLOCK_K)
-        sums, sums_up, squares = _add_block(
-            sums, sums_up, squares, w, up, start, x_ptr, norm_ptr, x_stride, K, ROWS, LINES, BLOCK_K, NORM, GATED
-        )  # fmt: skip
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        squares += x * x
+        if NORM:
+            x *= tl.load(norm_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        sums += w.to(tl.float32) * x[None, :]
+        if GATED:
+            sums_up += up.to(tl.float32) * x[None, :]
         w, up = next_w, next_up
-    if ROWS == 1:
-        sums = tl.sum(sums, 1)[:, None]
-        sums_up = tl.sum(sums_up, 1)[:, None]
-        squares = tl.sum(squares, 0)[None]
-    factor = tl.full([LINES], 1.0, tl.float32)
-    if NORM:
-        factor = tl.rsqrt(squares / K + eps)
-    y = sums * factor[None, :]
+    y = tl.sum(sums, 1)
+    factor = tl.rsqrt(tl.sum(squares, 0) / K + eps) if NORM else 1.0
+    y *= factor
     if GATED:
-        y = y * tl.sigmoid(y) * (sums_up * factor[None, :])
-    mask = inside[:, None] & (line < ROWS)[None, :]
+        y = y * tl.sigmoid(y) * (tl.sum(sums_up, 1) * factor)
     if ADD:
-        y += tl.load(residual_ptr + line[None, :] * residual_stride + n[:, None], mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + line[None, :] * N + n[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
+        y += tl.load(residual_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -163,27 +128,25 @@ class Launch:
 
 
 @functools.cache
-def default_launch(rows: int, outputs: int, inputs: int, gated: bool, overlap: Overlap = "none") -> Launch:
+def default_launch(outputs: int, inputs: int, gated: bool, overlap: Overlap = "none") -> Launch:
     """At least about four programs a multiprocessor of a large GPU, with 16 bytes a thread and more on their way each.
 
     Args:
-        rows: Of x.
         outputs: N.
         inputs: K.
         gated: Whether W has two halves.
         overlap: As `Launch`.
     """
     share = (4 if outputs <= 4096 else 8) // (4 if gated else 1)
-    largest = 1024 if rows == 1 else 256  # one warp then sums a row of W, without shared memory
-    fitting = [size for size in (1024, 512, 256) if size <= largest and inputs % size == 0]
-    block = fitting[0] if fitting else min(largest, triton.next_power_of_2(inputs))
+    fitting = [size for size in (1024, 512, 256) if inputs % size == 0]
+    block = fitting[0] if fitting else min(1024, triton.next_power_of_2(inputs))
     return Launch(share, block, overlap=overlap)
 
 
 _decode = Kernel(_kernel)
 
 
-def launch_linear(
+def launch_row(
     x: Tensor,
     weight: Tensor,
     norm_weight: Tensor | None,
@@ -194,26 +157,24 @@ def launch_linear(
     launch: Launch | None = None,
     overlap: Overlap = "none",
 ) -> Tensor:
-    """Run the kernel; arguments as for `linear_decode`, whose `overlap` goes into the default launch."""
-    rows, inputs = x.shape
+    """Run the kernel of one row; arguments as for `linear_decode`, whose `overlap` goes into the default launch."""
+    inputs = x.shape[1]
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     if launch is None:
         chosen = overlap if can_overlap(x.get_device()) else "none"
-        launch = default_launch(rows, outputs, inputs, gated, chosen)
-    y = x.new_empty(rows, outputs) if out is None else out
-    x, x_stride = as_rows(x)
-    other, other_stride = (x, 0) if residual is None else as_rows(residual)  # stands there unread
+        launch = default_launch(outputs, inputs, gated, chosen)
+    y = x.new_empty(1, outputs) if out is None else out
+    x, _ = as_rows(x)
+    other = x if residual is None else as_rows(residual)[0]  # stands there unread
     _decode.launch(
         -(-outputs // launch.outputs),
         (x, weight, x if norm_weight is None else norm_weight, other, y),
-        (x_stride, weight.stride(0), other_stride),
+        (weight.stride(0),),
         (),
         (eps,),
         (
             outputs,
             inputs,
-            rows,
-            power_of_2(rows),
             launch.outputs,
             launch.block,
             launch.overlap,
@@ -239,7 +200,7 @@ def linear_decode(
 ) -> Tensor:
     """Multiply up to `MOST_ROWS` rows with a matrix: y = x̂ · Wᵀ, with the norm before it and what follows.
 
-    On a GPU a Triton kernel does it, on a CPU and in float64 plain PyTorch. For inference: there is no gradient.
+    On a GPU Triton kernels do it, on a CPU and in float64 plain PyTorch. For inference: there is no gradient.
 
     Args:
         x: (B, K) in bfloat16, float16, float32 or float64, B from 1 to `MOST_ROWS`.
@@ -254,7 +215,8 @@ def linear_decode(
             Nothing would report such a slip.
 
     Returns:
-        y, (B, N), in the type of x, contiguous.
+        y, (B, N), in the type of x, contiguous. A row of it does not depend on what the other rows of x hold; its last
+        bits do on how many these are.
 
     Raises:
         TypeError: For an element type that is not accepted.
@@ -263,7 +225,8 @@ def linear_decode(
     """
     _check(x, weight, norm_weight, residual, gated, out)
     if runs_kernel(x):
-        return launch_linear(x, weight, norm_weight, eps, residual, gated, out, overlap=overlap)
+        launch = launch_row if len(x) == 1 else launch_rows
+        return launch(x, weight, norm_weight, eps, residual, gated, out, overlap=overlap)
     y = linear_decode_reference(x, weight, norm_weight=norm_weight, eps=eps, residual=residual, gated=gated)
     return y if out is None else out.copy_(y)
 

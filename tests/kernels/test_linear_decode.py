@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from composer_kernels.linear_decode import MOST_ROWS, linear_decode, linear_decode_reference
 
 op = importlib.import_module("composer_kernels.linear_decode")
+rows_op = importlib.import_module("composer_kernels._linear_decode_rows")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -55,7 +56,10 @@ def _both_ways(request, monkeypatch):
 @pytest.mark.usefixtures("_both_ways", "poisoned")
 @pytest.mark.parametrize(("norm", "add", "gated"), [(True, False, False), (True, False, True), (False, True, False)])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 24, 64), (1, 37, 1300), (3, 37, 300), (8, 16, 256)])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs"),
+    [(1, 24, 64), (1, 37, 1300), (2, 24, 64), (3, 37, 301), (8, 16, 256), (17, 40, 300), (33, 24, 64), (64, 37, 136)],
+)
 def test_as_good_as_torch(rows, outputs, inputs, dtype, norm, add, gated, device, assert_as_good):
     x, weight, options = make(rows, outputs, inputs, dtype, device, norm=norm, add=add, gated=gated)
     ours, theirs = linear_decode(x, weight, **options), linear_decode_reference(x, weight, **options)
@@ -81,13 +85,44 @@ def test_all_sizes(device, assert_as_good, rows, outputs, inputs, dtype, norm, a
     assert_as_good(linear_decode(x, weight, **options), theirs, exact(x, weight, **options))
 
 
-@pytest.mark.parametrize("launch", [op.Launch(2, 128), op.Launch(8, 64, 8), op.Launch(4, 512, 2)])
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    ("rows", "launch"),
+    [
+        *((1, launch) for launch in (op.Launch(2, 128), op.Launch(8, 64, 8), op.Launch(4, 512, 2))),
+        *((5, launch) for launch in (rows_op.RowsLaunch(16, 32, 2), rows_op.RowsLaunch(32, 16, 3, 8))),
+        (20, rows_op.RowsLaunch(64, 16, 4, 2)),
+    ],
+)
 def test_every_launch_computes_the_same(rows, launch, device):
     x, weight, options = make(rows, 21, 300, torch.float32, device, norm=True, add=False, gated=True)
-    found = op.launch_linear(x, weight, options["norm_weight"], 1e-5, None, True, None, launch)
+    run = op.launch_row if rows == 1 else op.launch_rows
+    found = run(x, weight, options["norm_weight"], 1e-5, None, True, None, launch)
     # fp32 sums of 300 products in another order
     torch.testing.assert_close(found.double(), exact(x, weight, **options), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [5, 20])
+def test_a_row_does_not_depend_on_what_the_others_hold(rows, dtype, device):
+    """Bit for bit, whatever the neighbours are, and whichever place the row has."""
+    x, weight, options = make(rows, 37, 300, dtype, device, norm=True, add=True, gated=True)
+    wanted = linear_decode(x, weight, **options)
+    other = torch.full_like(x, math.nan)
+    other[1], other[rows - 1] = 1e4, x[2]
+    options["residual"] = options["residual"].clone()
+    options["residual"][rows - 1] = options["residual"][2]
+    found = linear_decode(other, weight, **options)
+    assert torch.equal(found[rows - 1], wanted[2])
+    assert found[0].isnan().all()
+
+
+def test_a_weighted_row_may_exceed_float16(device):
+    """x · norm_weight is 4.8e5, and the norm of x at most 45 times 8."""
+    x, weight, options = make(3, 16, 64, torch.float16, device, norm=True, add=False, gated=False)
+    x, norm = (x.sign() * 6e4).contiguous(), torch.full_like(options["norm_weight"], 8.0)
+    found = linear_decode(x, weight, norm_weight=norm)
+    # one rounding of the norm, one of the result, in float16
+    torch.testing.assert_close(found.double(), exact(x, weight, norm), rtol=2e-3, atol=2e-2)
 
 
 @pytest.mark.usefixtures("_both_ways")
@@ -106,15 +141,16 @@ def test_float64_is_the_formula(device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("overlap", ["none", "tail", "full"])
-def test_a_graph_can_hold_it(overlap, assert_capturable):
-    x, weight, options = make(1, 96, 512, torch.bfloat16, "cuda", norm=True, add=True, gated=False)
+@pytest.mark.parametrize("rows", [1, 8, 40])
+def test_a_graph_can_hold_it(rows, overlap, assert_capturable):
+    x, weight, options = make(rows, 96, 512, torch.bfloat16, "cuda", norm=True, add=True, gated=False)
     assert_capturable(lambda: [linear_decode(x, weight, overlap=overlap, **options)])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("overlap", ["tail", "full"])
 @pytest.mark.parametrize("captured", [False, True])
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 5, 20])
 def test_overlapping_kernels_see_each_others_results_and_keep_off_what_is_still_read(rows, captured, overlap):
     """A chain, each link reading what the one before wrote, in two buffers that take turns: bit-equal without overlap.
 
@@ -154,8 +190,8 @@ def test_overlapping_kernels_see_each_others_results_and_keep_off_what_is_still_
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"x": torch.ones(0, 4)}, ValueError, r"x must be \(B, K\) with B from 1 to 8; given float32 \(0, 4\)"),
-        ({"x": torch.ones(9, 4)}, ValueError, r"B from 1 to 8; given float32 \(9, 4\)"),
+        ({"x": torch.ones(0, 4)}, ValueError, r"x must be \(B, K\) with B from 1 to 64; given float32 \(0, 4\)"),
+        ({"x": torch.ones(65, 4)}, ValueError, r"B from 1 to 64; given float32 \(65, 4\)"),
         ({"x": torch.ones(4)}, ValueError, "x must be"),
         ({"x": torch.ones(1, 4, dtype=torch.int32)}, TypeError, "x is int32"),
         ({"weight": torch.ones(6, 5)}, ValueError, r"weight must be \(6, 4\).*given float32 \(6, 5\)"),
