@@ -9,7 +9,7 @@ from torch import Tensor
 
 from composer_kernels._flash import Problem, empty_statistics, launch_forward
 from composer_kernels._flash_backward import launch_backward
-from composer_kernels._launch import differentiable_once
+from composer_kernels._launch import Function, differentiable_once
 
 
 @torch.library.custom_op("composer_kernels::attention_forward", mutates_args=())
@@ -61,7 +61,7 @@ def _(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-class _Flash(torch.autograd.Function):
+class _Flash(Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor | None, k_starts: Tensor | None, *settings: Any

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -18,6 +18,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the kernels read and write; they compute in fp32."""
 
 _KERNEL_DTYPES = frozenset(DTYPES)
+
+Value = TypeVar("Value")
 
 
 def runs_kernel(x: Tensor) -> bool:
@@ -80,14 +82,87 @@ def check_dtypes(op: str, **dtypes: torch.dtype) -> None:
             raise TypeError(f"{op}: {name} is {dtype_name(dtype)}; accepted are {accepted}")
 
 
-class Kernel:
-    """A Triton kernel that remembers its compiled variants, which saves most of the host time of a launch.
+class Kept(dict[Hashable, Value]):
+    """What was worked out for arguments of one kind, by all that decides it.
 
-    Triton examines every argument of every launch. Here it does so once for each set of constants, types and strides;
-    then what it compiled is called as Triton itself calls it in the end. A launch goes through Triton each time where
-    a pointer is not aligned to 16 bytes or a count passes 2^31, since these decide the code too and are not remembered,
-    and where a profiler has hooked itself into launches.
+    It forgets everything before it would grow without end: there can be as many kinds as batches have shapes, and
+    working one out anew is cheap.
     """
+
+    def keep(self, key: Hashable, value: Value) -> Value:
+        """Remember `value` and return it."""
+        if len(self) >= _MOST_KEPT:
+            self.clear()
+        self[key] = value
+        return value
+
+
+_MOST_KEPT = 1024
+
+
+def traits(x: Tensor | None) -> tuple[Hashable, ...] | None:
+    """All of a tensor that decides whether it fits and how a kernel is launched on it, but its address."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
+
+
+class Variant:
+    """A Triton kernel on one device, its constants and strides and the types of its tensors settled.
+
+    Triton examines every argument of every launch. Here it does so once, then what it compiled is called as Triton
+    itself calls it in the end, which saves most of the host time of a launch. A launch goes through Triton each time
+    where a pointer is not aligned to 16 bytes or a count passes 2^31, since these decide the code too, and where a
+    profiler has hooked itself into launches.
+    """
+
+    def __init__(
+        self,
+        function: Any,
+        device: int,
+        strides: tuple[int, ...],
+        constants: tuple[Any, ...],
+        options: tuple[tuple[str, Any], ...],
+    ) -> None:
+        """Settle what `Kernel.variant` takes."""
+        self._function, self._device, self._options = function, device, dict(options)
+        self._strides, self._constants = strides, constants
+        self._run: Callable[..., None] | None = None  # what Triton compiled, once it has
+        self._before: tuple[object, ...] = ()
+
+    def launch(
+        self, programs: int, tensors: tuple[Tensor | None, ...], counts: tuple[int, ...], floats: tuple[float, ...] = ()
+    ) -> None:
+        """Launch on the device's current stream; the arguments are those of `Kernel.launch`."""
+        device = self._device
+        if programs == 0:
+            return
+        if device < 0:
+            self._through_triton(programs, tensors, counts, floats)
+            return
+        if device != torch._C._cuda_getDevice():  # what `torch.cuda.current_device` returns, in a fifth of its time
+            with torch.cuda.device(device):
+                self.launch(programs, tensors, counts, floats)
+            return
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        regular = _regular(pointers, counts)
+        if self._run is not None and regular and not _hooked():
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            beside = (*self._strides, *counts, *floats, *self._constants)
+            self._run(programs, 1, 1, stream, *self._before, *pointers, *beside)
+            return
+        compiled = self._through_triton(programs, tensors, counts, floats)
+        if compiled is not None and regular:  # None: a hook forbade to compile
+            run, self._before = _runner(compiled)
+            self._run = run  # last: another thread may be about to call it
+
+    def _through_triton(
+        self, programs: int, tensors: tuple[Tensor | None, ...], counts: tuple[int, ...], floats: tuple[float, ...]
+    ) -> Any:
+        values = (*tensors, *self._strides, *counts, *map(float, floats), *self._constants)
+        return self._function[(programs,)](*values, **self._options)
+
+
+class Kernel:
+    """A Triton kernel that remembers its variants."""
 
     def __init__(self, function: Any) -> None:
         """Wrap what `triton.jit` made.
@@ -96,7 +171,22 @@ class Kernel:
         change, counts (named in `do_not_specialize`), floats, constants.
         """
         self.function = function
-        self._variants: dict[tuple[object, ...], tuple[Callable[..., None], tuple[object, ...]]] = {}
+        self._variants: Kept[Variant] = Kept()
+
+    def variant(
+        self,
+        device: int,
+        dtypes: Sequence[torch.dtype | None],
+        strides: tuple[int, ...],
+        constants: tuple[Any, ...],
+        options: tuple[tuple[str, Any], ...],
+    ) -> Variant:
+        """The variant for tensors of these types (None where there is none) on a device, -1 for the interpreter's."""
+        key = (device, strides, constants, options, *dtypes)
+        known = self._variants.get(key)
+        if known is not None:
+            return known
+        return self._variants.keep(key, Variant(self.function, device, strides, constants, options))
 
     def launch(
         self,
@@ -119,36 +209,9 @@ class Kernel:
             constants: For the `tl.constexpr` parameters.
             options: Triton's launch options (`num_warps`, …) by name.
         """
-        if programs == 0:
-            return
         device = tensors[0].get_device()  # type: ignore[union-attr]
-        if device < 0:
-            values = (*tensors, *strides, *counts, *map(float, floats), *constants)
-            self.function[(programs,)](*values, **dict(options))
-            return
-        if device != torch._C._cuda_getDevice():  # what `torch.cuda.current_device` returns, in a fifth of its time
-            with torch.cuda.device(device):
-                self.launch(programs, tensors, strides, counts, floats, constants, options)
-            return
-        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        key = (device, constants, options, strides, *[None if tensor is None else tensor.dtype for tensor in tensors])
-        variant = self._variants.get(key)
-        if variant is not None and _regular(pointers, counts) and not _hooked():
-            run, before = variant
-            stream = torch._C._cuda_getCurrentRawStream(device)
-            values = (*pointers, *strides, *counts, *floats, *constants)
-            run(programs, 1, 1, stream, *before, *values)
-            return
-        values = (*tensors, *strides, *counts, *map(float, floats), *constants)
-        compiled = self.function[(programs,)](*values, **dict(options))
-        if compiled is not None and _regular(pointers, counts):  # None: a hook forbade to compile
-            if len(self._variants) >= _MOST_VARIANTS:
-                self._variants.clear()
-            self._variants[key] = _runner(compiled)
-
-
-_MOST_VARIANTS = 1024
-"""Of a kernel: strides can be as many as batches have shapes, and looking a variant up anew is cheap."""
+        dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+        self.variant(device, dtypes, strides, constants, options).launch(programs, tensors, counts, floats)
 
 
 def _runner(compiled: Any) -> tuple[Callable[..., None], tuple[object, ...]]:
@@ -167,12 +230,12 @@ def _runner(compiled: Any) -> tuple[Callable[..., None], tuple[object, ...]]:
 
 def _regular(pointers: list[int], counts: tuple[int, ...]) -> bool:
     """Whether Triton would compile the same for any other pointers and counts of which this is true."""
-    for count in counts:
-        if not -(2**31) <= count < 2**31:
-            return False
     bits = 0
     for pointer in pointers:
         bits |= pointer
+    for count in counts:
+        if not -0x80000000 <= count <= 0x7FFFFFFF:
+            return False
     return bits % 16 == 0
 
 
@@ -200,6 +263,20 @@ class Launch:
     def options(self) -> tuple[tuple[str, Any], ...]:
         """As `Kernel.launch` takes them."""
         return (("num_warps", self.warps),)
+
+
+class Function(torch.autograd.Function):
+    """PyTorch's, applied in two thirds of the time.
+
+    What it does for the transforms of `torch.func` is left to it where one of them runs, and left out elsewhere.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any, **kwargs: Any) -> Any:
+        """Apply as usual."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args, **kwargs)
+        return super(torch.autograd.Function, cls).apply(*args, **kwargs)  # type: ignore[misc]  # no stubs tell of it
 
 
 class _Final(torch.autograd.Function):

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from composer_kernels._launch import Kernel, as_rows, multiprocessors
+from composer_kernels._launch import Kernel, Variant, as_rows, multiprocessors
 from composer_kernels.overlap import can_overlap
 
 
@@ -219,21 +219,100 @@ def backward_launch(width: int, size: int = 4) -> Launch:
     if width > 8192:
         return Launch(block=8192, rows=1, warps=16, programs=2)
     block = triton.next_power_of_2(width)
+    if (block, size) in _TUNED:
+        return _TUNED[block, size]
     if block == 8192:
         return Launch(block, rows=1, warps=16, stages=3 if size <= 6 else 2 if size <= 10 else 1)
-    return _TUNED.get((block, size)) or Launch(block, max(1, 4096 // block), warps=8, stages=2, programs=2)
+    return Launch(block, max(1, 4096 // block), warps=8, stages=2, programs=2)
 
 
-# Found on an H100 with 8192 rows, by columns and bytes read: bfloat16 without a stream takes 38.1 us at 2048 columns,
-# 75.5 at 4096, with the launch of all others 42.3 and 78.9. At 512 columns three programs would lack registers.
+# Found on an H100 with 8192 rows, by columns and bytes read. bfloat16 without a stream takes 38.1 and 75.5 us, with the
+# launch of all others 42.3 and 78.9; with an fp32 stream 94.9, 187.0 and 368.7, before 103.6, 213.1 and 459.4. With a
+# 16-bit stream none was better by 1 %. At 512 columns three programs would lack registers.
 _TUNED = {
     (2048, 4): Launch(2048, rows=2, warps=4, programs=3, pin=False),
     (4096, 4): Launch(4096, rows=1, warps=8, stages=3, programs=2, pin=False),
+    (2048, 10): Launch(2048, rows=2, warps=4, programs=2, pin=False),
+    (4096, 10): Launch(4096, rows=2, warps=16, pin=False),
+    (8192, 10): Launch(8192, rows=1, warps=32, pin=False),
 }
 
 _forward = Kernel(_forward_kernel)
 _backward = Kernel(_backward_kernel)
 _weight_grad = Kernel(_weight_grad_kernel)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The forward kernel made ready for all arguments of the same traits and settings.
+
+    Attributes:
+        variant: Of the kernel.
+        programs: Of its grid.
+        rows: R.
+        like_x: What `empty_like` takes beside `x` to make y.
+        like_residual: And beside the residual to make the total.
+        keep_rstd: Whether to return rstd, which backward needs.
+        in_rows: Whether the kernel reads the inputs as they lie.
+    """
+
+    variant: Variant
+    programs: int
+    rows: int
+    like_x: dict[str, Any]
+    like_residual: dict[str, Any]
+    keep_rstd: bool
+    in_rows: bool
+
+    def run(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return what `launch_forward` does."""
+        y = torch.empty_like(x, **self.like_x)
+        total = None if residual is None else torch.empty_like(residual, **self.like_residual)
+        rstd = x.new_empty(self.rows, dtype=torch.float32) if self.keep_rstd else None
+        if not self.in_rows:
+            x = as_rows(x)[0]
+            residual = None if residual is None else as_rows(residual)[0]
+            weight = None if weight is None else weight.contiguous()
+        self.variant.launch(self.programs, (x, residual, weight, y, total, rstd), (self.rows,), (eps,))
+        return y, total, rstd
+
+
+def prepare_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    zero_centered: bool,
+    out_dtype: torch.dtype,
+    launch: Launch | None = None,
+    *,
+    keep_rstd: bool = True,
+) -> Forward:
+    """Make the forward kernel ready for arguments of `launch_forward`."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    launch = launch or forward_launch(width)
+    strides = (as_rows(x)[1], 0 if residual is None else as_rows(residual)[1])
+    total, rstd = (None if residual is None else residual.dtype), (torch.float32 if keep_rstd else None)
+    given = (x.dtype, total, None if weight is None else weight.dtype)
+    constants = (width, launch.block, launch.rows, zero_centered)
+    inputs = [tensor for tensor in (x, residual, weight) if tensor is not None]
+    return Forward(
+        _forward.variant(x.get_device(), (*given, out_dtype, total, rstd), strides, constants, launch.options),
+        -(-rows // launch.rows),
+        rows,
+        _contiguous_like(x, out_dtype),
+        {} if residual is None else _contiguous_like(residual, residual.dtype),
+        keep_rstd,
+        all(tensor.is_contiguous() for tensor in inputs),
+    )
+
+
+def _contiguous_like(x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """What `empty_like` must be told; to be told nothing takes it the least time."""
+    layout = {} if x.is_contiguous() else {"memory_format": torch.contiguous_format}
+    return layout if dtype == x.dtype else layout | {"dtype": dtype}
 
 
 def launch_forward(
@@ -263,27 +342,8 @@ def launch_forward(
         y (…, H) in `out_dtype`, x + residual in the residual's type or None, and rstd (R,) in fp32 or None. Apart from
         these nothing is allocated, unless `as_rows` must copy.
     """
-    width = x.shape[-1]
-    launch = launch or forward_launch(width)
-    weight = None if weight is None else weight.contiguous()
-    rows = x.numel() // width
-    y = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
-    rstd = x.new_empty(rows, dtype=torch.float32) if keep_rstd else None
-    total = None if residual is None else torch.empty_like(residual, memory_format=torch.contiguous_format)
-    x, x_stride = as_rows(x)
-    residual_stride = 0
-    if residual is not None:
-        residual, residual_stride = as_rows(residual)
-    _forward.launch(
-        -(-rows // launch.rows),
-        (x, residual, weight, y, total, rstd),
-        (x_stride, residual_stride),
-        (rows,),
-        (eps,),
-        (width, launch.block, launch.rows, zero_centered),
-        launch.options,
-    )
-    return y, total, rstd
+    ready = prepare_forward(x, residual, weight, zero_centered, out_dtype, launch, keep_rstd=keep_rstd)
+    return ready.run(x, residual, weight, eps)
 
 
 def launch_backward(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from composer_kernels._launch import check_dtypes, describe, dtype_name, runs_kernel
-from composer_kernels._norm import launch_backward, launch_forward
+from composer_kernels._launch import Kept, check_dtypes, describe, dtype_name, runs_kernel, traits
+from composer_kernels._norm import Forward, launch_backward, launch_forward, prepare_forward
 
 
 def check(
@@ -54,21 +54,40 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward(
+    op: str,
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
-    eps: float,
-    zero_centered: bool,
-    out_dtype: torch.dtype,
+    settings: Settings,
     *,
     keep_rstd: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Give y, x + residual (or None) and rstd, as `launch_forward` does, on any device and in compiled code."""
-    # Only compiled code, which must not look inside, pays for an operator: its dispatch takes longer than a launch.
-    if not torch.compiler.is_compiling():
-        return _compute_forward(x, residual, weight, eps, zero_centered, out_dtype, keep_rstd=keep_rstd)
-    y, total, rstd = _forward_op(x, residual, weight, eps, zero_centered, out_dtype)
-    return y, None if residual is None else total, rstd
+    """Check the arguments, then give y, x + residual (or None) and rstd, as `launch_forward` does, on any device.
+
+    Raises:
+        TypeError: As `check`.
+        ValueError: As `check`.
+    """
+    eps, zero_centered, out_dtype, main_grad = settings
+    if torch.compiler.is_compiling() or not runs_kernel(x):
+        check(op, x, weight, out_dtype, main_grad, residual)
+        # Only compiled code, which must not look inside, pays for an operator: its dispatch takes longer than a launch.
+        run = _forward_op if torch.compiler.is_compiling() else _compute_forward
+        y, total, rstd = run(x, residual, weight, eps, zero_centered, out_dtype)
+        return y, None if residual is None else total, rstd
+    beside = (zero_centered, out_dtype, keep_rstd)
+    key = (traits(x), traits(residual), traits(weight), traits(main_grad), beside)
+    ready = _ready.get(key)
+    if ready is None:  # the rules and what is made ready read nothing that the key does not hold
+        check(op, x, weight, out_dtype, main_grad, residual)
+        ready = _ready.keep(key, prepare_forward(x, residual, weight, zero_centered, out_dtype, keep_rstd=keep_rstd))
+    return ready.run(x, residual, weight, eps)
+
+
+_ready: Kept[Forward] = Kept()
+
+Settings = tuple[float, bool, torch.dtype, Tensor | None]
+"""Of a norm: eps, whether the weight is centred at zero, the type of the result, main_grad."""
 
 
 def backward(
@@ -108,18 +127,11 @@ def _stand_in(weight: Tensor) -> Tensor | None:
 
 
 def _compute_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    zero_centered: bool,
-    out_dtype: torch.dtype,
-    *,
-    keep_rstd: bool = True,
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, zero_centered: bool, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`launch_forward`, or the same in plain PyTorch where no kernel runs."""
     if runs_kernel(x):
-        return launch_forward(x, residual, weight, eps, zero_centered, out_dtype, keep_rstd=keep_rstd)
+        return launch_forward(x, residual, weight, eps, zero_centered, out_dtype)
     total = None if residual is None else (x.to(wide(x.dtype)) + residual).to(residual.dtype)
     normed = x if total is None else total
     normed = normed.to(wide(normed.dtype))

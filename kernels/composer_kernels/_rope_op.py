@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composer_kernels._launch import runs_kernel
+from composer_kernels._launch import Function, runs_kernel
 from composer_kernels._rope import Plan, Tables, launch_join, launch_split, launch_turn, value_view
 
 
@@ -46,7 +46,7 @@ def join(q: Tensor, k: Tensor, v: Tensor, tables: Tables, plan: Plan) -> Tensor:
     return _joined(q, k, v, tables, plan)
 
 
-class _Turn(torch.autograd.Function):
+class _Turn(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor | None, cu_seqlens: Tensor | None, plan: Plan) -> Tensor:
         _remember(ctx, cos, sin, cu_seqlens, plan)
@@ -57,7 +57,7 @@ class _Turn(torch.autograd.Function):
         return turn(dy, Tables(*ctx.saved_tensors), ctx.plan.back()), None, None, None, None
 
 
-class _TurnInPlace(torch.autograd.Function):
+class _TurnInPlace(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor | None, cu_seqlens: Tensor | None, plan: Plan) -> Tensor:
         _remember(ctx, cos, sin, cu_seqlens, plan)
@@ -69,7 +69,7 @@ class _TurnInPlace(torch.autograd.Function):
         return turn(dy, Tables(*ctx.saved_tensors), ctx.plan.back()), None, None, None, None
 
 
-class _Split(torch.autograd.Function):
+class _Split(Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -88,7 +88,7 @@ class _Split(torch.autograd.Function):
         return join(dq, dk, dv, Tables(*ctx.saved_tensors), ctx.plan.back()), None, None, None, None, None
 
 
-class _Join(torch.autograd.Function):
+class _Join(Function):
     @staticmethod
     def forward(
         ctx: Any,

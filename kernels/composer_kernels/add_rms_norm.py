@@ -30,38 +30,33 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from composer_kernels._launch import differentiable_once
-from composer_kernels._norm_op import backward, check, forward, wide
+from composer_kernels._launch import Function, differentiable_once
+from composer_kernels._norm_op import Settings, backward, forward, wide
 from composer_kernels.rms_norm import rms_norm_reference
 
 
-class _AddRMSNorm(torch.autograd.Function):
+class _AddRMSNorm(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor | None,
-        eps: float,
-        zero_centered: bool,
-        main_grad: Tensor | None,
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor | None, settings: Settings
     ) -> tuple[Tensor, Tensor | None]:
-        y, total, rstd = forward(x, residual, weight, eps, zero_centered, x.dtype, keep_rstd=True)
+        y, total, rstd = forward("add_rms_norm", x, residual, weight, settings, keep_rstd=True)
         ctx.save_for_backward(total, weight, rstd)
         ctx.set_materialize_grads(False)
-        ctx.zero_centered, ctx.main_grad = zero_centered, main_grad
-        ctx.copy_dtype = None if x.dtype == residual.dtype else x.dtype
+        ctx.settings = settings
         return y, total
 
     @staticmethod
     @differentiable_once("add_rms_norm")
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        if dy is None:  # y went unused
-            return dtotal if ctx.copy_dtype is None else dtotal.to(ctx.copy_dtype), dtotal, None, None, None, None
         total, weight, rstd = ctx.saved_tensors
-        settings = (ctx.zero_centered, ctx.needs_input_grad[2], ctx.main_grad, ctx.copy_dtype)
-        dresidual, dx_copy, dweight = backward(dy, dtotal, total, weight, rstd, *settings)
-        return dresidual if dx_copy is None else dx_copy, dresidual, dweight, None, None, None
+        _, zero_centered, x_dtype, main_grad = ctx.settings
+        copy_dtype = None if x_dtype == total.dtype else x_dtype
+        if dy is None:  # y went unused
+            return dtotal if copy_dtype is None else dtotal.to(copy_dtype), dtotal, None, None
+        beside = (zero_centered, ctx.needs_input_grad[2], main_grad, copy_dtype)
+        dresidual, dx_copy, dweight = backward(dy, dtotal, total, weight, rstd, *beside)
+        return dresidual if dx_copy is None else dx_copy, dresidual, dweight, None
 
 
 def add_rms_norm(
@@ -94,11 +89,11 @@ def add_rms_norm(
         TypeError: For an element type that is not accepted.
         ValueError: For shapes or devices that do not fit.
     """
-    check("add_rms_norm", x, weight, x.dtype, main_grad, residual)
+    settings = (eps, zero_centered, x.dtype, main_grad)
     needs_grad = x.requires_grad or residual.requires_grad or (weight is not None and weight.requires_grad)
     if torch.is_grad_enabled() and needs_grad:
-        return _AddRMSNorm.apply(x, residual, weight, eps, zero_centered, main_grad)
-    y, total, _ = forward(x, residual, weight, eps, zero_centered, x.dtype, keep_rstd=False)
+        return _AddRMSNorm.apply(x, residual, weight, settings)
+    y, total, _ = forward("add_rms_norm", x, residual, weight, settings, keep_rstd=False)
     return y, cast(Tensor, total)
 
 

@@ -34,7 +34,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from composer_kernels._cross_entropy import LossTerms, gradient_into, loss_and_gradient_into, losses, rescale_
-from composer_kernels._launch import DTYPES, describe, differentiable_once
+from composer_kernels._launch import DTYPES, Function, describe, differentiable_once
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -73,7 +73,7 @@ def _(logits: Tensor, target: Tensor, scale: Tensor, terms: list[float]) -> tupl
     return scale.new_empty(target.shape), torch.empty_like(logits)
 
 
-class _TwoPasses(torch.autograd.Function):
+class _TwoPasses(Function):
     """Losses (R,) of logits (outer, inner, width); the gradient is made in backward."""
 
     @staticmethod
@@ -105,7 +105,7 @@ class _TwoPasses(torch.autograd.Function):
         return out, None, None, None, None
 
 
-class _OnePass(torch.autograd.Function):
+class _OnePass(Function):
     """Σ scale · loss; its gradient is made at once, in place of the logits."""
 
     @staticmethod

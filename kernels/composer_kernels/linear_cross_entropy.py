@@ -32,7 +32,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from composer_kernels._cross_entropy import LossTerms, gradient_into, loss_and_gradient_into, losses, rescale_
-from composer_kernels._launch import DTYPES, describe, differentiable_once
+from composer_kernels._launch import DTYPES, Function, describe, differentiable_once
 from composer_kernels.cross_entropy import (
     check_loss,
     cross_entropy_reference,
@@ -235,7 +235,7 @@ def _(
     return loss, dhidden, weight.new_empty(weight.shape if wanted[1] and main_grad is None else 0)
 
 
-class _Reduced(torch.autograd.Function):
+class _Reduced(Function):
     """share · Σ loss; its forward makes the gradients, for the upstream gradient grad_scale."""
 
     @staticmethod
@@ -282,7 +282,7 @@ class _Reduced(torch.autograd.Function):
         return *_handed_over(ctx, dhidden, dweight, weight), None, None, None, None, None
 
 
-class _Unreduced(torch.autograd.Function):
+class _Unreduced(Function):
     """Losses (R,); backward makes the logits again."""
 
     @staticmethod

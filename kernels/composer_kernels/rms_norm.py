@@ -21,32 +21,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composer_kernels._launch import differentiable_once
-from composer_kernels._norm_op import backward, check, forward, wide
+from composer_kernels._launch import Function, differentiable_once
+from composer_kernels._norm_op import Settings, backward, forward, wide
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        eps: float,
-        zero_centered: bool,
-        out_dtype: torch.dtype,
-        main_grad: Tensor | None,
-    ) -> Tensor:
-        y, _, rstd = forward(x, None, weight, eps, zero_centered, out_dtype, keep_rstd=True)
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, settings: Settings) -> Tensor:
+        y, _, rstd = forward("rms_norm", x, None, weight, settings, keep_rstd=True)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.zero_centered, ctx.main_grad = zero_centered, main_grad
+        ctx.settings = settings
         return y
 
     @staticmethod
     @differentiable_once("rms_norm")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        dx, _, dweight = backward(dy, None, x, weight, rstd, ctx.zero_centered, ctx.needs_input_grad[1], ctx.main_grad)
-        return dx, dweight, None, None, None, None
+        _, zero_centered, _, main_grad = ctx.settings
+        dx, _, dweight = backward(dy, None, x, weight, rstd, zero_centered, ctx.needs_input_grad[1], main_grad)
+        return dx, dweight, None
 
 
 def rms_norm(
@@ -80,11 +73,10 @@ def rms_norm(
         TypeError: For an element type that is not accepted.
         ValueError: For shapes or devices that do not fit.
     """
-    out_dtype = out_dtype or x.dtype
-    check("rms_norm", x, weight, out_dtype, main_grad)
+    settings = (eps, zero_centered, out_dtype or x.dtype, main_grad)
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
-        return _RMSNorm.apply(x, weight, eps, zero_centered, out_dtype, main_grad)
-    return forward(x, None, weight, eps, zero_centered, out_dtype, keep_rstd=False)[0]
+        return _RMSNorm.apply(x, weight, settings)
+    return forward("rms_norm", x, None, weight, settings, keep_rstd=False)[0]
 
 
 def rms_norm_reference(

@@ -35,9 +35,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composer_kernels._launch import check_dtypes, describe
-from composer_kernels._rope import Plan, Tables
+from composer_kernels._launch import describe
 from composer_kernels._rope_op import split, split_reference, turn, turn_, turn_reference
+from composer_kernels._rope_rules import check, settle
 
 
 def rope(
@@ -79,7 +79,7 @@ def rope(
             packed sequences are is not known without waiting for the GPU: their tokens past the tables become NaN.
     """
     options = (interleaved, position_offset, cu_seqlens, restart_positions, cp_rank, cp_size)
-    return turn(t, *_check("rope", t, t, _heads("rope", t), cos, sin, *options))
+    return turn(t, *settle("rope", t, _heads("rope", t), cos, sin, *options))
 
 
 def rope_(t: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Tensor:
@@ -90,7 +90,7 @@ def rope_(t: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Tensor:
         ValueError: As `rope`, and for a leaf that wants a gradient or memory that cannot be written so.
     """
     _check_writable("rope_", "t", t)
-    return turn_(t, *_check("rope_", t, t, _heads("rope_", t), cos, sin, **options))
+    return turn_(t, *settle("rope_", t, _heads("rope_", t), cos, sin, **options))
 
 
 def rope_qkv(
@@ -139,7 +139,7 @@ def rope_qkv(
     heads = (num_heads, num_query_groups, head_dim)
     packed = _packed("rope_qkv", qkv, *heads)
     options = (interleaved, position_offset, cu_seqlens, restart_positions, cp_rank, cp_size)
-    return split(packed, *_check("rope_qkv", qkv, packed, heads, cos, sin, *options), copy_value)
+    return split(packed, *settle("rope_qkv", packed, heads, cos, sin, *options), copy_value)
 
 
 def rope_qkv_(
@@ -159,14 +159,14 @@ def rope_qkv_(
     packed = _packed("rope_qkv_", qkv, *heads)
     if packed.dim() < qkv.dim() and qkv.stride(-2) != qkv.shape[-1]:
         raise ValueError(f"rope_qkv_: groups must lie side by side in qkv; its strides are {qkv.stride()}")
-    turn_(packed, *_check("rope_qkv_", qkv, packed, heads, cos, sin, **options))
+    turn_(packed, *settle("rope_qkv_", packed, heads, cos, sin, **options))
     return qkv
 
 
 def rope_reference(t: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Tensor:
     """`rope` in plain PyTorch, options as there; autograd differentiates it by `t`, `cos` and `sin`, and twice."""
     op = "rope_reference"
-    return turn_reference(t, *_check(op, t, t, _heads(op, t), cos, sin, **options))
+    return turn_reference(t, *check(op, t, _heads(op, t), cos, sin, **options))
 
 
 def rope_qkv_reference(
@@ -175,7 +175,7 @@ def rope_qkv_reference(
     """`rope_qkv` in plain PyTorch, likewise; the value is a view."""
     op, heads = "rope_qkv_reference", (num_heads, num_query_groups, head_dim)
     packed = _packed(op, qkv, *heads)
-    return split_reference(packed, *_check(op, qkv, packed, heads, cos, sin, **options))
+    return split_reference(packed, *check(op, packed, heads, cos, sin, **options))
 
 
 def fused_apply_rotary_pos_emb(t: Tensor, freqs: Tensor, *, interleaved: bool = False) -> Tensor:
@@ -197,7 +197,7 @@ def fused_apply_rotary_pos_emb(t: Tensor, freqs: Tensor, *, interleaved: bool = 
         ValueError: As `rope`.
     """
     op = "fused_apply_rotary_pos_emb"
-    return turn(t, *_check(op, t, t, _heads(op, t), _angles(op, freqs, interleaved), None, interleaved))
+    return turn(t, *settle(op, t, _heads(op, t), _angles(op, freqs, interleaved), None, interleaved))
 
 
 def fused_apply_rotary_pos_emb_thd(
@@ -232,7 +232,7 @@ def fused_apply_rotary_pos_emb_thd(
     angles = _angles(op, freqs, interleaved)
     restart = freqs.shape[0] != t.shape[0] * cp_size
     options = (interleaved, 0, cu_seqlens, restart, cp_rank, cp_size)
-    return turn(t, *_check(op, t, t, _heads(op, t), angles, None, *options))
+    return turn(t, *settle(op, t, _heads(op, t), angles, None, *options))
 
 
 def apply_fused_qkv_rotary_pos_emb(
@@ -269,7 +269,7 @@ def apply_fused_qkv_rotary_pos_emb(
     heads = (qkv.shape[-2] * in_group // head_dim, qkv.shape[-2], head_dim)
     packed = _packed(op, qkv, *heads)
     angles = _angles(op, q_freqs, interleaved)
-    return split(packed, *_check(op, qkv, packed, heads, angles, None, interleaved), None)
+    return split(packed, *settle(op, packed, heads, angles, None, interleaved), None)
 
 
 def _heads(op: str, t: Tensor) -> tuple[int, int, int]:
@@ -304,67 +304,6 @@ def _angles(op: str, freqs: Tensor, interleaved: bool) -> Tensor:
     place, _, _, element = freqs.stride()
     step = 2 * element if interleaved else element
     return freqs.as_strided((freqs.shape[0], freqs.shape[3] // 2), (place, step))
-
-
-def _check(
-    op: str,
-    given: Tensor,
-    tokens: Tensor,
-    heads: tuple[int, int, int],
-    cos: Tensor,
-    sin: Tensor | None,
-    interleaved: bool = False,
-    position_offset: int = 0,
-    cu_seqlens: Tensor | None = None,
-    restart_positions: bool = True,
-    cp_rank: int = 0,
-    cp_size: int = 1,
-) -> tuple[Tables, Plan]:
-    """Refuse what does not fit; else the tables and the plan of (s, …) or (t, …) tokens."""
-    sin_dtype = cos.dtype if sin is None else sin.dtype
-    if heads[1]:
-        check_dtypes(op, qkv=given.dtype, cos=cos.dtype, sin=sin_dtype)
-    else:
-        check_dtypes(op, t=given.dtype, cos=cos.dtype, sin=sin_dtype)
-    shape, device, length = cos.shape, given.device, tokens.shape[0]  # asking a tensor takes longer than all the rest
-    if len(shape) != 2 or (sin is not None and sin.shape != shape) or not 2 <= 2 * shape[1] <= heads[2]:
-        sines = "" if sin is None else f" and sin {describe(sin)}"
-        raise ValueError(
-            f"{op}: cos is {describe(cos)}{sines}; accepted is (positions, HALF), the same for both, with HALF from 1 "
-            f"to half of a head's {heads[2]} elements"
-        )
-    wants_gradient = torch.is_grad_enabled() and (cos.requires_grad or (sin is not None and sin.requires_grad))
-    if wants_gradient and not op.endswith("reference"):
-        raise ValueError(f"{op}: cos and sin get no gradient, yet they require one; rope_reference differentiates them")
-    if cos.device != device or (sin is not None and sin.device != device):
-        raise ValueError(f"{op}: the tables must be on {device}, where the heads are; cos is {describe(cos)}")
-    if not 0 <= cp_rank < cp_size or (cp_size > 1 and cu_seqlens is None and length % 2):
-        raise ValueError(
-            f"{op}: cp_rank is {cp_rank} and cp_size {cp_size} for {length} tokens here; accepted are ranks from 0 to "
-            "cp_size - 1, and two chunks of equal length on each"
-        )
-    last = position_offset + (length * cp_size if cu_seqlens is None or not restart_positions else min(length, 1))
-    if position_offset < 0 or (length and last > shape[0]):
-        raise ValueError(
-            f"{op}: position_offset is {position_offset} and positions go to {last - 1}; accepted are positions from 0 "
-            f"to {shape[0] - 1}, which the tables have"
-        )
-    if cu_seqlens is not None:
-        _check_boundaries(op, cu_seqlens, given)
-    if sin is not None and sin.stride() != cos.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
-    return Tables(cos, sin, cu_seqlens), Plan(*heads, interleaved, position_offset, cp_rank, cp_size, restart_positions)
-
-
-def _check_boundaries(op: str, cu_seqlens: Tensor, given: Tensor) -> None:
-    integers = cu_seqlens.dtype in (torch.int32, torch.int64)
-    if not integers or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or not cu_seqlens.is_contiguous():
-        raise ValueError(
-            f"{op}: cu_seqlens must be (sequences + 1,) of int32 or int64, contiguous, for at least one sequence; "
-            f"given {describe(cu_seqlens)}"
-        )
-    if cu_seqlens.device != given.device:
-        raise ValueError(f"{op}: cu_seqlens must be on {given.device}; given {describe(cu_seqlens)}")
 
 
 def _check_writable(op: str, name: str, x: Tensor) -> None:

@@ -28,7 +28,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from composer_kernels._launch import Kernel, Launch, as_rows, check_dtypes, describe, differentiable_once, runs_kernel
+from composer_kernels._launch import (
+    Function,
+    Kernel,
+    Launch,
+    as_rows,
+    check_dtypes,
+    describe,
+    differentiable_once,
+    runs_kernel,
+)
 
 
 @triton.jit
@@ -211,7 +220,7 @@ def _(dy: Tensor, gate: Tensor, up: Tensor | None, limit: float | None) -> tuple
     return gate.new_empty(gate.shape), dy.new_empty(0) if up is None else up.new_empty(up.shape)
 
 
-class _SwiGLU(torch.autograd.Function):
+class _SwiGLU(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor | None, limit: float | None) -> Tensor:
         ctx.save_for_backward(gate, up)

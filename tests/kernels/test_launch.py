@@ -7,11 +7,11 @@ import torch
 import triton
 from triton.backends.nvidia import driver
 
-from composer_kernels import _launch
-from composer_kernels._launch import Kernel, as_rows, check_dtypes, describe, power_of_2
-from composer_kernels.add_rms_norm import add_rms_norm
+from composer_kernels import _launch, _norm_op
+from composer_kernels._launch import Function, Kept, Kernel, as_rows, check_dtypes, describe, power_of_2, traits
+from composer_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from composer_kernels.cross_entropy import cross_entropy
-from composer_kernels.rms_norm import rms_norm
+from composer_kernels.rms_norm import rms_norm, rms_norm_reference
 from composer_kernels.rope import rope
 from composer_kernels.swiglu import swiglu
 
@@ -167,11 +167,119 @@ def test_kernels_that_want_memory_and_other_tritons_keep_the_launcher(monkeypatc
 
 
 def test_variants_do_not_pile_up(kernel, monkeypatch):
-    monkeypatch.setattr(_launch, "_MOST_VARIANTS", 3)
+    monkeypatch.setattr(_launch, "_MOST_KEPT", 3)
     for stride in (16, 32, 48, 64, 64, 16):
         launch(kernel, Pointer(), strides=(stride,))
         assert len(kernel._variants) <= 3
     assert kernel.function.ways == ["triton"] * 4 + ["compiled", "triton"]
+
+
+def test_what_is_kept_does_not_pile_up(monkeypatch):
+    monkeypatch.setattr(_launch, "_MOST_KEPT", 2)
+    kept = Kept()
+    assert [kept.keep(key, 10 * key) for key in (1, 2)] == [10, 20]
+    assert kept.get(2) == 20
+    kept.keep(3, 30)
+    assert dict(kept) == {3: 30}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.ones(2, 4),
+        torch.ones(4, 3).T,
+        torch.ones(3, 4, dtype=torch.float16),
+        torch.ones(3, 4, device="meta"),
+        None,
+    ],
+)
+def test_tensors_of_other_traits_are_told_apart(other):
+    x = torch.ones(3, 4)
+    assert traits(x) == traits(torch.zeros(3, 4))
+    assert traits(x) != traits(other)
+
+
+X, W = torch.randn(3, 8), torch.randn(8)
+NORMS = [
+    ({}, {}),
+    ({"x": X.bfloat16()}, {}),
+    ({"x": torch.randn(3, 9)[:, :8]}, {}),
+    ({"x": torch.randn(8, 3).T}, {}),
+    ({"x": torch.randn(2, 3, 8)}, {}),
+    ({"weight": None}, {}),
+    ({"weight": torch.randn(16)[::2]}, {}),
+    ({"weight": W.half()}, {}),
+    ({}, {"eps": 0.5}),
+    ({}, {"zero_centered": True}),
+    ({}, {"out_dtype": torch.bfloat16}),
+]
+BAD_NORMS = [
+    (TypeError, "x is int64", {"x": X.long()}, {}),
+    (TypeError, "weight is float64", {"weight": W.double()}, {}),
+    (TypeError, "out is int32", {}, {"out_dtype": torch.int32}),
+    (ValueError, r"weight must be \(8,\).* \(4,\)", {"weight": W[:4]}, {}),
+    (ValueError, "weight must be.* on meta", {"weight": W.to("meta")}, {}),
+    (ValueError, "main_grad must be float32", {}, {"main_grad": W.half()}),
+    (ValueError, "main_grad must be.* contiguous", {}, {"main_grad": torch.ones(16)[::2]}),
+    (ValueError, "there is none", {"weight": None}, {"main_grad": W}),
+]
+
+
+@pytest.mark.skipif(not _launch.INTERPRETING, reason="on a CPU; GPUs get the same code")
+@pytest.mark.parametrize(("error", "words", "arguments", "options"), BAD_NORMS)
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_what_was_made_ready_lets_nothing_else_through(error, words, arguments, options, wants_gradient):
+    good = {"x": X, "weight": W}
+    for _ in range(2):
+        rms_norm(**good), rms_norm(**good, main_grad=W.clone()), rms_norm(X)
+    given = {name: x if x is None else x.clone() for name, x in (good | arguments).items()}
+    for x in given.values():
+        if x is not None and x.is_floating_point():
+            x.requires_grad_(wants_gradient)
+    with pytest.raises(error, match=words):
+        rms_norm(**given, **options)
+
+
+@pytest.mark.skipif(not _launch.INTERPRETING, reason="on a CPU; GPUs get the same code")
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_what_was_made_ready_is_found_again_and_for_nothing_else(wants_gradient, monkeypatch):
+    """Each call twice, the others between; the second time without rules."""
+    good = {"x": X, "weight": W}
+    calls = [(good | arguments, options) for arguments, options in NORMS]
+    for again in (False, True):
+        if again:
+            monkeypatch.setattr(_norm_op, "check", None)
+        for arguments, options in calls:
+            x = arguments["x"].detach().requires_grad_(wants_gradient)
+            y = rms_norm(x, arguments["weight"], **options)
+            wanted = rms_norm_reference(x, arguments["weight"], **options)
+            torch.testing.assert_close(y, wanted, rtol=1e-2 if y.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+            assert y.is_contiguous()
+            if "out_dtype" in options or arguments["weight"] is None:
+                continue
+            for residual in (torch.ones_like(x), torch.ones_like(x, dtype=torch.float16)):
+                results = add_rms_norm(x, residual, arguments["weight"], **options)
+                wanted = add_rms_norm_reference(x, residual, arguments["weight"], **options)
+                for one, two in zip(results, wanted, strict=True):
+                    torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-2)  # bfloat16, float16: a rounding
+
+
+class Double(Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * dy
+
+
+def test_functions_differentiate_as_pytorchs_do_and_refuse_transforms_likewise():
+    x = torch.ones(3, requires_grad=True)
+    Double.apply(x).sum().backward()
+    assert x.grad.tolist() == [2, 2, 2]
+    with pytest.raises(RuntimeError, match="must override the setup_context"):
+        torch.func.grad(lambda x: Double.apply(x).sum())(torch.ones(3))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

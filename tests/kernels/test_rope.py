@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from composer_kernels import _rope, _rope_op
+from composer_kernels import _launch, _rope, _rope_op
 from composer_kernels.rope import (
     apply_fused_qkv_rotary_pos_emb,
     fused_apply_rotary_pos_emb,
@@ -561,6 +561,55 @@ BAD = [
 def test_bad_arguments(error, words, call, arguments, options):
     with pytest.raises(error, match=words):
         call(*arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def _good_calls():
+    """What lies close to the bad arguments is settled."""
+    rope(T, COS, COS), rope(T, COS, COS, position_offset=4), rope(T, COS, COS, cp_size=2), rope(T[:3], COS, COS)
+    rope(T, COS, COS, cu_seqlens=torch.tensor([0, 4])), fused_apply_rotary_pos_emb(T, FREQS)
+    rope_(T.clone(), COS, COS), rope_qkv(QKV, COS, COS, **HEADS)
+    rope_qkv_(torch.ones(4, 2, 2, 32), COS, COS, **{**HEADS, "num_heads": 4, "num_query_groups": 2})
+    apply_fused_qkv_rotary_pos_emb(QKV[:, :, None], FREQS, FREQS, [16, 8, 8])
+
+
+@pytest.mark.usefixtures("_good_calls")
+@pytest.mark.parametrize(("error", "words", "call", "arguments", "options"), BAD)
+def test_what_was_settled_lets_nothing_else_through(error, words, call, arguments, options):
+    with pytest.raises(error, match=words):
+        call(*arguments, **options)
+
+
+@pytest.mark.skipif(not _launch.INTERPRETING, reason="on a CPU; GPUs get the same code")
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_the_second_call_finds_what_was_settled_wherever_it_starts(wants_gradient, monkeypatch):
+    t, qkv = (draw(*shape).requires_grad_(wants_gradient) for shape in ((4, 2, 3, 8), (4, 2, 40)))
+    angles, heads = angles_of(9, 4), {"num_heads": 3, "num_query_groups": 1, "head_dim": 8}
+    tables = angles.cos().float(), angles.sin().float()
+    for offset in (0, 5, 2, 0):
+        turn = functools.partial(exact, angles=angles, positions=places(4, offset))
+        parts = heads_of(qkv, 3, 1, 8)
+        results = (
+            rope(t, *tables, position_offset=offset),
+            *rope_qkv(qkv, *tables, **heads, position_offset=offset),
+            *rope_qkv(qkv, *tables, **heads, position_offset=offset, copy_value=not wants_gradient),
+        )
+        wanted = turn(t), *[*map(turn, parts[:2]), parts[2]] * 2
+        for one, two in zip(results, wanted, strict=True):
+            torch.testing.assert_close(one.double(), two.double(), rtol=1e-5, atol=1e-6)  # fp32 roundings
+        if wants_gradient:
+            (dt,) = torch.autograd.grad(results[0], t, t.detach())
+            torch.testing.assert_close(dt.double(), turn(t.detach(), sign=-1), rtol=1e-5, atol=1e-6)
+        monkeypatch.setattr("composer_kernels._rope_rules.check", None)
+
+
+@pytest.mark.skipif(not _launch.INTERPRETING, reason="on a CPU; GPUs get the same code")
+def test_numbers_that_are_no_integers_do_not_stay():
+    qkv, tables = draw(5, 1, 32), (torch.ones(7, 4), torch.zeros(7, 4))
+    with pytest.raises(TypeError, match="float"):
+        rope_qkv(qkv, *tables, num_heads=2, num_query_groups=1, head_dim=8.0)
+    q, _, _ = rope_qkv(qkv, *tables, **HEADS)
+    assert torch.equal(q.flatten(), qkv[..., :16].flatten())
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
