@@ -74,6 +74,8 @@ class Case:
             else:
                 self.prepared[each.name] = answer
                 print(f"  {each.name} ready after {answer['prepared_in']:.0f} s: {answer['says']}", flush=True)
+                if "unfair" in answer:
+                    print(f"  {each.name}: {answer['unfair']}", flush=True)
 
     def _ask_to_prepare(self, contender: Contender) -> None:
         contender.send(do="prepare", **dataclasses.asdict(self.sizes[contender.name]))
@@ -126,10 +128,13 @@ class Case:
         """Everything known about a contender, as JSON values."""
         architecture = contender.architecture
         row = empty_row(contender.model, architecture, contender.backend, self.sizes[contender.name])
-        row["note"] = self.notes.get(contender.name, "")
-        row["says"] = self.prepared.get(contender.name, {}).get("says", "")
-        row["prepared_in"] = self.prepared.get(contender.name, {}).get("prepared_in")
+        prepared = self.prepared.get(contender.name, {})
         answers = self.answers[contender.name]
+        last = answers[-1] if answers else prepared
+        row["note"] = self.notes.get(contender.name) or last.get("unfair", "")
+        row["says"] = prepared.get("says", "")
+        row["prepared_in"] = prepared.get("prepared_in")
+        row |= {name: last[name] for name in ("attention", "unfair") if name in last}
         if answers:
             size = self.sizes[contender.name]
             row |= self._figures(architecture, size, answers)
@@ -214,7 +219,8 @@ class Report:
         shapes = {architecture.shape.name for architecture in heat.models.values()}
         rows = [row for row in self._rows if row["seq_len"] == heat.seq_len and row["shape"] in shapes]
         rows = [row for row in rows if row["note"] != NOT_REACHED]
-        rates = {(row["model"], row["backend"]): row.get("tokens_per_second") for row in rows}
+        fair = [row for row in rows if not row.get("unfair")]
+        rates = {(row["model"], row["backend"]): row.get("tokens_per_second") for row in fair}
         heading = f"{'model':10}{'backend':{_WIDTH}}{'tokens/s':>10}{'spread':>8}{'TFLOP/s':>9}{'MFU':>7}{'of GEMM':>8}"
         print(f"{heading}{'GB':>7}{'/llama':>8}{'/compile':>9}  parts in ms", flush=True)
         for row in rows:
@@ -227,7 +233,8 @@ def _line(row: dict[str, Any], rates: dict[tuple[str, str], float | None]) -> st
     if rate is None:
         return f"{start} {row['note'] or 'prepared, not yet measured'}"
     against = (rates.get(("llama", row["backend"])), rates.get((row["model"], "compile")))
-    ratios = "".join(f"{rate / other:>8.3f} " if other else f"{'-':>8} " for other in against)
+    fair = not row.get("unfair")
+    ratios = "".join(f"{rate / other:>8.3f} " if other and fair else f"{'-':>8} " for other in against)
     mfu = "".join("-".rjust(8) if value is None else f"{value:>8.1%}" for value in (row["mfu"], row["of_gemm_rate"]))
     memory_used = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}"
     parts = "  ".join(f"{name} {1e3 * took:.1f}" for name, took in sorted(row.get("breakdown", {}).items()))

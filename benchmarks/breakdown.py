@@ -20,6 +20,7 @@ _MARKER = "spin_kernel"
 
 _KINDS = (
     ("attention", r"flash|fmha|sdpa|attention|dot_do_o|convert_dq|mha_|_dq_kernel|_dkdv_kernel"),
+    ("attention", r"transformer_engine::scaled_\w*softmax"),  # of its unfused one
     ("loss", r"cross_entropy|softmax|nll_loss|_statistics_kernel|_loss_and_gradient|_gradient_kernel|logsumexp"),
     ("gemm", r"gemm|nvjet|cutlass|xmma|wgmma|splitk|cublas|^triton_tem|^triton_mm"),
     ("copies", r"^memcpy|^memset|^cuda_memcpy"),

@@ -64,7 +64,7 @@ class MegatronTrainer:
             cross_entropy_fusion_impl="native",
             **({} if recipe is None else {"fp8": "hybrid", "fp8_recipe": recipe}),
         )
-        self.says = players.report(shape, dtype)
+        self._players, self._dtype, self._shape = players, dtype, shape
         self.model = CompositeModel(
             loss=players.loss.use,
             embedding_rows=players.embedding.use,
@@ -84,6 +84,18 @@ class MegatronTrainer:
         self.parallel = DistributedDataParallel(config, settings, self.model).train()
         self.optimizer = self._optimizer(dtype)
         self._positions: dict[tuple[int, int], Tensor] = {}
+
+    @property
+    def says(self) -> str:
+        """Who plays what, in one line; after a step also what TransformerEngine chose."""
+        return self._players.report(self._shape, self._dtype)
+
+    @property
+    def attention(self) -> str | None:
+        """What TransformerEngine computed attention with in the last step; None before, and where it is not its."""
+        from composer_megatron.backend import transformer_engine_attention
+
+        return None if self._players.attends_by_itself() else transformer_engine_attention()
 
     def _optimizer(self, dtype: torch.dtype) -> Any:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer

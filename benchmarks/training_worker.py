@@ -27,10 +27,17 @@ from torch import Tensor
 
 from composer_megatron import cpu
 from composer_megatron.architecture import Architecture
+from composer_megatron.backend import UNFUSED
 from composer_megatron.errors import ComposerError, UsageError
 
 PLAIN = {"compile": True, "compile-bf16": False}
 """Contenders in plain PyTorch, and whether they keep fp32 masters."""
+
+UNFUSED_NOTE = (
+    "TransformerEngine refused its fused attention and computed it unfused: no picture of what its users get, and left "
+    "out of comparisons; docs/training.md says what to set"
+)
+"""A row's ``note`` and ``unfair``, with which nothing compares it."""
 
 
 class Trainer(Protocol):
@@ -123,7 +130,8 @@ class Worker:
             self.rest()
         self.lock.release()
         says = getattr(self.trainer, "says", "torch.compile, cuDNN attention, fused AdamW")
-        return {"prepared_in": time.perf_counter() - start, "first_loss": loss, "says": says}
+        found = {"prepared_in": time.perf_counter() - start, "first_loss": loss, "says": says}
+        return found | self._chosen_attention()
 
     def _prepare_megatron(self, seq_len: int) -> None:
         import megatron.core.models.hybrid.hybrid_model  # noqa: F401 - slow, so side by side with the others
@@ -193,7 +201,14 @@ class Worker:
             parts = {"profile": self._profile()} if profile and self.has_gpu else {}
         finally:
             self.rest()
-        return {"seconds": seconds, "peak_bytes": peak, "reserved_bytes": reserved, "loss": loss} | parts
+        found = {"seconds": seconds, "peak_bytes": peak, "reserved_bytes": reserved, "loss": loss}
+        return found | parts | self._chosen_attention()
+
+    def _chosen_attention(self) -> dict[str, str]:
+        """What TransformerEngine computed attention with, and why such a row may be compared to none."""
+        chosen = getattr(self.trainer, "attention", None)
+        said = {} if chosen is None else {"attention": chosen}
+        return said | ({"unfair": UNFUSED_NOTE} if chosen == UNFUSED else {})
 
     def _timed(self, steps: int) -> tuple[list[float], float]:
         """From the end of a step to the end of the next: the host runs ahead of the GPU as in training."""

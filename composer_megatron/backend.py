@@ -13,6 +13,7 @@ import difflib
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
@@ -30,6 +31,9 @@ Builder = Callable[..., nn.Module]
 Loss = Literal["megatron", "cross_entropy", "linear_cross_entropy"]
 Optimizer = Literal["composer", "megatron"]
 
+
+UNFUSED = "unfused"
+"""What `transformer_engine_attention` calls the kind that holds every score in memory."""
 
 _TE = "TransformerEngine"
 _AT_ONCE = ", on query, key and value at once"
@@ -124,6 +128,8 @@ class Backend:
     def report(self, shape: Shape, dtype: torch.dtype) -> str:
         """Who plays what in training a model of that shape, in one line.
 
+        TransformerEngine chooses its attention at the first step: only from then on the line says which.
+
         Args:
             shape: Decides which attention kernel fits.
             dtype: Of the parameters, likewise.
@@ -131,6 +137,8 @@ class Backend:
         says = {name: getattr(self, name).says for name in PARTS}
         if hasattr(self.attention.use, "kernel"):
             says["attention"] = self.attention.use.kernel(shape, dtype)
+        elif not self.attends_by_itself() and (chosen := transformer_engine_attention()) is not None:
+            says["attention"] = f"{_TE}: {chosen}"
         parts = " | ".join(f"{name.replace('_', ' ')}: {text}" for name, text in says.items())
         return f"backend {self.name} | {parts}"
 
@@ -214,6 +222,21 @@ def _te() -> Backend:
         ),
         recurrence=_recurrence_kernels(),
     )
+
+
+def transformer_engine_attention() -> str | None:
+    """What TransformerEngine computed attention with, the last time that it did; None before the first.
+
+    It falls back on `UNFUSED` without a word where it takes its fused attention, cuDNN's, for impossible and finds no
+    FlashAttention: several times the time and the memory.
+    """
+    module = sys.modules.get("transformer_engine.pytorch.attention.dot_product_attention")
+    chosen: Mapping[str, Any] = getattr(module, "_attention_backends", {})
+    if chosen.get("use_flash_attention"):
+        return f"FlashAttention {chosen['flash_attention_backend']}"
+    if chosen.get("use_fused_attention"):
+        return "fused, by cuDNN"
+    return UNFUSED if chosen.get("use_unfused_attention") else None
 
 
 BACKENDS: Mapping[str, Callable[[], Backend]] = MappingProxyType(

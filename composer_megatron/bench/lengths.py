@@ -141,7 +141,7 @@ def gains(rows: Sequence[Row]) -> list[Gain]:
 def at_ceilings(row: Row, rows: Iterable[Row]) -> float | None:
     """A Composite's gain at this GPU's ceilings, where both rows say what their parts would take."""
     llama = _llama_beside(row, rows)
-    if llama is None or not row.get("ideal") or not llama.get("ideal"):
+    if llama is None or row.get("unfair") or not row.get("ideal") or not llama.get("ideal"):
         return None
     return float(sum(llama["ideal"].values()) / sum(row["ideal"].values()))
 
@@ -151,7 +151,7 @@ def _tokens(row: Row) -> int:
 
 
 def _told(row: Row) -> bool:
-    return bool(row.get("breakdown") and row.get("tokens_per_second"))
+    return bool(row.get("breakdown") and row.get("tokens_per_second") and not row.get("unfair"))
 
 
 def _llama_beside(row: Row, rows: Iterable[Row]) -> Row | None:

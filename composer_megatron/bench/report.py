@@ -89,6 +89,16 @@ class Results:
         """Names, in order."""
         return sorted({source.gpu for source in self.sources})
 
+    @property
+    def unfair(self) -> list[str]:
+        """Training rows that are shown and compared to none, each with its reason."""
+        return [
+            f"{row['shape']} {row['model']}, {row['backend']}, {row['seq_len']:,} tokens ({row['source'].file}): "
+            f"{row['unfair']}"
+            for row in self.training
+            if row.get("unfair")
+        ]
+
 
 def read_results(folder: Path) -> Results:
     """Read every JSON file below a folder.
@@ -187,9 +197,14 @@ def _rows_of_search(speeds: Sequence[Row]) -> list[Row]:
     return [row | {"advantage": alone[row["case"]] / row["seconds"] if row["case"] in alone else None} for row in timed]
 
 
+def comparable(row: Row) -> bool:
+    """Whether a training row was timed, and nothing in it (``unfair``) speaks against comparing it to others."""
+    return bool(row.get("tokens_per_second")) and not row.get("unfair")
+
+
 def rate(rows: Iterable[Row], **wanted: Any) -> Row | None:
-    """The fastest training row with these values; None where there is none that was timed."""
-    fit = [row for row in rows if row.get("tokens_per_second") and all(row.get(k) == v for k, v in wanted.items())]
+    """The fastest training row with these values; None where there is none that was timed and may be compared."""
+    fit = [row for row in rows if comparable(row) and all(row.get(k) == v for k, v in wanted.items())]
     return max(fit, key=lambda row: float(row["tokens_per_second"]), default=None)
 
 
@@ -200,7 +215,7 @@ def ratios(rows: Sequence[Row], gpu: str, shape: str, backend: str, model: str) 
         same = (row["source"].gpu, row["shape"], row["backend"], row["model"]) == (gpu, shape, backend, model)
         # A Composite of other widths names its shape after the one that it was matched to.
         llama = rate(rows, source=row["source"], shape=shape, backend=backend, model="llama", seq_len=row["seq_len"])
-        if same and llama and row.get("tokens_per_second"):
+        if same and llama and comparable(row):
             found.append((row["seq_len"], row["tokens_per_second"] / llama["tokens_per_second"]))
     return sorted(dict(found).items())
 
@@ -226,7 +241,7 @@ def _of_gpu(results: Results, gpu: str) -> str:
 
 def _training_lines(results: Results, gpu: str) -> list[str]:
     rows = [row for row in results.training if row["source"].gpu == gpu]
-    backends = {row["backend"] for row in rows if row.get("tokens_per_second")}
+    backends = {row["backend"] for row in rows if comparable(row)}
     ours = OURS if OURS in backends else min(backends, default=None)
     lines = []
     for shape in sorted({row["shape"] for row in rows if row["model"] == "llama"}):

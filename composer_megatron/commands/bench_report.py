@@ -45,6 +45,8 @@ def bench_report(
     if check and readme is None:
         raise UsageError("--check looks at a README: add --readme README.md")
     found = read_results(results)
+    for said in found.unfair:
+        console.print(f"left out of comparisons: {said}")
     if readme is None:
         write_text(output, build_page(measured(found)))
         console.print(f"{len(found.sources)} results; written to {output}")

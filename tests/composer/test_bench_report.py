@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from composer_megatron.bench.lengths import at_ceilings, gains
 from composer_megatron.bench.report import BEGIN, END, headline, ratios, read_results, split_readme, update_readme
 from composer_megatron.cli import main
 from composer_megatron.commands.bench_report import measured
@@ -313,3 +314,44 @@ def test_ratios_of_the_headline_are_of_one_file(folder: Path) -> None:
     text = headline(read_results(folder))
     assert "72.6k tokens/s with the Composite, 66.0k tokens/s with Llama (x1.100)" in text
     assert "within the products (`activation=quack`): 75.0k tokens/s and 70.0k tokens/s (x0.707)\n" in text
+
+
+def test_rows_that_may_be_compared_to_none_are_shown_with_their_reason(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row may be far too slow, and would then make a pair, a curve or the headline of a backend."""
+    reason = "TransformerEngine computed attention unfused"
+    rows = [training_row(model, "te", 4096, rate, reason) for model, rate in (("llama", 26e3), ("stacked", 37e3))]
+    file = folder / "nvidia-h100/training-te.json"
+    file.write_text(json.dumps({"gpu": "NVIDIA H100", "rows": rows}))
+    fair = read_results(folder)
+    assert ratios(fair.training, "NVIDIA H100", "1b", "te", "stacked") == [(4096, pytest.approx(37 / 26))]
+    assert fair.unfair == []
+    file.write_text(json.dumps({"gpu": "NVIDIA H100", "rows": [row | {"unfair": reason} for row in rows]}))
+    found = read_results(folder)
+    assert ratios(found.training, "NVIDIA H100", "1b", "te", "stacked") == []
+    assert not any(gain.backend == "te" for gain in gains(found.training))
+    assert any(gain.backend == "te" for gain in gains(fair.training))
+    told = [row for row in found.training if row["backend"] == "te" and row.get("tokens_per_second")]
+    assert [at_ceilings(row, found.training) for row in told] == [None, None]
+    file.write_text(json.dumps({"gpu": "NVIDIA H100", "rows": [rows[0], rows[1] | {"unfair": reason}]}))
+    mixed = read_results(folder).training
+    assert ratios(mixed, "NVIDIA H100", "1b", "te", "stacked") == []
+    assert [at_ceilings(row, mixed) for row in mixed if row.get("unfair")] == [None]
+    file.write_text(json.dumps({"gpu": "NVIDIA H100", "rows": [row | {"unfair": reason} for row in rows]}))
+    page = build_page(measured(found))
+    assert "26,000" in page
+    assert reason in page
+    output = tmp_path / "page.html"
+    main(["bench", "report", str(folder), "--output", str(output)])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"left out of comparisons: 1b stacked, te, 4,096 tokens (nvidia-h100/training-te.json): {reason}" in said
+
+
+def test_a_backend_of_unfair_rows_alone_has_no_headline(tmp_path: Path) -> None:
+    rows = [training_row("llama", "te", 4096, 26e3), training_row("stacked", "te", 4096, 37e3)]
+    file = tmp_path / "training.json"
+    file.write_text(json.dumps({"gpu": "NVIDIA H100", "rows": rows}))
+    assert "x1.423" in headline(read_results(tmp_path))
+    file.write_text(json.dumps({"gpu": "NVIDIA H100", "rows": [row | {"unfair": "unfused"} for row in rows]}))
+    assert headline(read_results(tmp_path)) == "Nothing has been measured yet."

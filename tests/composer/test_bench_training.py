@@ -142,6 +142,10 @@ def test_kernels_are_counted_once_and_by_kind(load) -> None:
         ("nvjet_sm90_qqtst_128x128_128x6_1x2_h_bz_ovscale_TNT", "gemm"),
         ("void transformer_engine::dgated_act_kernel<16, true, float>", "elementwise"),
         ("triton_red_fused__log_softmax__to_copy_prepare_softmax_online_8", "loss"),
+        ("void transformer_engine::scaled_masked_softmax_warp_forward<__nv_bfloat16, __nv_bfloat16, 12>", "attention"),
+        ("void transformer_engine::scaled_upper_triang_masked_softmax_warp_backward<__half, 12>", "attention"),
+        ("void transformer_engine::scaled_softmax_warp_forward<__nv_bfloat16, float, 12>", "attention"),
+        ("void at::native::(anonymous namespace)::cunn_SoftMaxForward<8, c10::BFloat16, float>", "loss"),
         ("triton_red_fused_copy__exp_sub_sum_unsqueeze_2", "elementwise"),  # Megatron's loss, which the markers tell
     ],
 )
