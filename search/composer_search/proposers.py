@@ -202,10 +202,9 @@ class BayesianProposer:
     The process is BoTorch's `SingleTaskGP`: an RBF kernel with a length scale for each position (ARD) and a
     dimension-scaled log-normal prior, noise inferred from the scores. The acquisition is log noisy expected improvement
     (qLogNEI) with the running trials pending; where a space has more than 10,000 sequences it is climbed letter by
-    letter (`composer_search.climbing`). The process is a function of the
-    trials alone, so that the proposals of a batch share one fit; the acquisition's random numbers are the trial's own.
-    Where Ax has no answer, as when the space is all but exhausted, a random untried sequence stands in and the
-    proposal's note says why.
+    letter (`composer_search.climbing`). The process is a function of the trials alone, so that the proposals of a
+    batch share one fit; the acquisition's random numbers are the trial's own. Where Ax has no answer, as when the space
+    is all but exhausted, a random untried sequence stands in and the proposal's note says why.
 
     Args:
         space: What is searched.
