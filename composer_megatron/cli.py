@@ -24,6 +24,7 @@ from composer_megatron.commands.evidence import (
     evidence_oracle,
     evidence_regret,
     evidence_standing,
+    evidence_votes,
 )
 from composer_megatron.commands.extrapolate import aggregate, extrapolate
 from composer_megatron.commands.generate import generate
@@ -68,6 +69,7 @@ COMMANDS = (
     evidence_agreement,
     evidence_standing,
     evidence_ablation,
+    evidence_votes,
     evidence_growth,
     report,
     env,

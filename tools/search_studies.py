@@ -320,11 +320,12 @@ def _judge(study: Path, sequences: Sequence[str], others: Path | None) -> dict[s
     }
     if scores.seeds is None:
         return values
+    ballots = votes(scores, resamples=VOTES)
     ranking = oracle(scores)
     replayed = regret(Study.load(study), proposers=PROPOSERS, replays=REPLAYS, noisy=True)
     rules = ablate(scores, draws=DRAWS, noisy=True)
     return values | {
-        "votes": _show(pages / "votes.html", votes(scores, resamples=VOTES).exhibit(), None),
+        "votes": _show(pages / "votes.html", ballots.exhibit(), figures.votes_figure(ballots)),
         "oracle": _show(pages / "oracle.html", ranking.exhibit(), figures.oracle_figure(ranking)),
         "regret": _show(pages / "regret.html", replayed.exhibit(), figures.regret_figure(replayed)),
         "ablation": _show(pages / "ablation.html", rules.exhibit(), figures.ablation_figure(rules)),

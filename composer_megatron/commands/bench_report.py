@@ -99,9 +99,9 @@ def measured(found: Results) -> Measured:
             f"{row['study']}: {row['hours']:.1f} h on one {row['source'].gpu}, predicted from measured steps"
             for row in found.studies
         ],
-        ratios=curves,
+        ratios={name: points for name, points in curves.items() if len(points) > 1} or curves,
         carried={gain.name: [(length, gain.at(length)) for length in _LENGTHS] for gain in carried},
-        explained=[gain.says() for gain in carried],
+        explained=[gain.says() for gain in carried if len(gain.lengths) > 1] or [gain.says() for gain in carried],
         gains=[(*each, bounds.get(each[:2])) for each in beside],
         ceilings=found.ceilings,
         sources=[f"{source.file}: {source.kind}, {source.says()}" for source in found.sources],

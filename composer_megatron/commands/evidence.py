@@ -165,6 +165,32 @@ def evidence_ablation(
     _show_exhibit(found.exhibit(), found.as_dict(), ablation_figure(found), output, json)
 
 
+def evidence_votes(
+    study: Positional[Path],
+    *,
+    resamples: int = 500,
+    seed: int = 0,
+    output: Path | None = None,
+    json: bool = False,
+) -> None:
+    """How firm is the vote: other numbers of clusters, one seed alone, one task less, and resampled seeds.
+
+    Args:
+        study: Folder of a study with at least two seeds and sequences of one length.
+        resamples: Of the seeds, each of which votes.
+        seed: Of the resampling.
+        output: The page with the figure; by default STUDY/evidence/votes.html.
+        json: Print one JSON object for programs instead of text.
+    """
+    from composer_search.evidence.scores import read_scores
+    from composer_search.evidence.votes import votes
+    from composer_search.report.evidence import votes_figure
+
+    found = votes(read_scores(study), resamples=resamples, seed=seed)
+    output = output or study / "evidence" / "votes.html"
+    _show_exhibit(found.exhibit(), found.as_dict(), votes_figure(found), output, json)
+
+
 def evidence_growth(
     source: Positional[str],
     *,

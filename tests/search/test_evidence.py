@@ -367,6 +367,7 @@ def test_every_command_prints_json_and_draws_one_page(tmp_path, capsys):
         "regret": [study, "--proposers", "random", "--replays", "2"],
         "agreement": [study],
         "ablation": [study, "--draws", "2", "--clusters", "2"],
+        "votes": [study, "--resamples", "3"],
         "growth": ["2A4M", "--shape", "1b"],
     }
     for name, arguments in commands.items():
@@ -379,11 +380,12 @@ def test_every_command_prints_json_and_draws_one_page(tmp_path, capsys):
     assert status == 0 and "parameter count" in printed and (Path(study) / "evidence/agreement.html").exists()
 
 
-@pytest.mark.parametrize("name", ["oracle", "regret", "agreement", "ablation"])
+@pytest.mark.parametrize("name", ["oracle", "regret", "agreement", "ablation", "votes"])
 @pytest.mark.parametrize(("count", "seeds", "constant"), [(0, 1, False), (1, 2, False), (6, 1, False), (16, 2, True)])
 def test_poor_studies_end_in_a_message(tmp_path, capsys, name, count, seeds, constant):
     study = str(write_study(tmp_path / "study", count=count, seeds=seeds, constant=constant))
     few = ["--draws", "1"] if name == "ablation" else []
+    few += ["--resamples", "2"] if name == "votes" else []
     few += ["--proposers", "random", "--replays", "1"] if name == "regret" else []
     page = tmp_path / "page.html"
     status, printed, error = run(capsys, "evidence", name, study, *few, "--output", str(page), "--json")

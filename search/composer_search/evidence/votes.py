@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from composer_megatron.errors import UsageError
 from composer_megatron.sequence import CompositeSequence
@@ -37,6 +38,15 @@ class Votes:
     others: Mapping[str, CompositeSequence]
     shares: Mapping[CompositeSequence, float]
     resamples: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "chosen": self.chosen.notation,
+            "others": {words: found.notation for words, found in self.others.items()},
+            "shares": {each.notation: share for each, share in self.shares.items()},
+            "resamples": self.resamples,
+        }
 
     def exhibit(self) -> Exhibit:
         """The votes as a table, and how often resampled seeds repeat them."""

@@ -135,8 +135,9 @@ def _ratio(measured: Measured) -> Markup | Missing:
         "Discs were measured. A line follows from the parts of those steps: attention's part of a token's time grows "
         "with the sequence's length, along the straight line through what was measured, and the rest stays. A "
         "Composite has fewer attention blocks and somewhat more to multiply. The faster attention is beside the rest, "
-        "the smaller the gain at a length; it tends to the ratio of attention's slopes. Measured at one length alone, "
-        "a line lies somewhat too high at greater ones: attention kernels gain speed with length."
+        "the smaller the gain at a length; it tends to the ratio of attention's slopes. A line through one length "
+        "alone lies too high at greater ones, since attention kernels gain speed with length: where others were "
+        "measured at several, the table has it."
     )
     figure = element("figure", element("ul", *keys, class_="legend"), drawing, element("figcaption", words))
     return join([figure, bullets(measured.explained), _gains(measured)])
@@ -211,7 +212,8 @@ def _roofline(measured: Measured) -> Markup | Missing:
     longest = max(_seconds_a_token(row, "breakdown") for row in rows)
     bars = []
     for row in sorted(rows, key=lambda row: (row["gpu"], row["shape"], row["seq_len"], row["model"], row["backend"])):
-        name = f"{row['shape']} {row['model']}, {row['backend']}, {row['seq_len']:,} tokens"
+        apart = "; left out of comparisons" if row.get("unfair") else ""
+        name = f"{row['shape']} {row['model']}, {row['backend']}, {row['seq_len']:,} tokens{apart}"
         bars.append(_bar(name, row, "breakdown", longest))
         if row.get("ideal"):
             bars.append(_bar("at the measured ceilings", row, "ideal", longest))

@@ -13,6 +13,7 @@ from composer_search.evidence.growth import Growth
 from composer_search.evidence.oracle import Oracle
 from composer_search.evidence.regret import RegretResult
 from composer_search.evidence.standing import Standing
+from composer_search.evidence.votes import Votes
 from composer_search.report.charts import block_strip, primitive_legend
 from composer_search.report.drawings import Band, Estimate, Mark, bands, forest, scatter
 from composer_search.report.markup import (
@@ -31,6 +32,9 @@ from composer_search.report.shell import fill_page
 
 _MOST_RANKS = 100
 """Candidates of a ranking that are drawn, best first; the table has all."""
+
+_MOST_VOTES = 12
+"""Sequences that resampled seeds vote for that are drawn, the most frequent first."""
 
 
 def exhibit_markup(exhibit: Exhibit, figure: Markup | None = None) -> Markup:
@@ -139,6 +143,18 @@ def ablation_figure(found: Ablation) -> Markup:
     draws = len(found.rules[0].scores)
     caption = f"Medians over {draws} studies of {found.size} trials; lines from the 10 % to the 90 % quantile; dashed: "
     return element("figure", drawing, element("figcaption", f"{caption}the best sequence of the oracle."))
+
+
+def votes_figure(found: Votes) -> Markup:
+    """The share of the resamples that choose each sequence."""
+    estimates = []
+    for sequence, share in [*found.shares.items()][:_MOST_VOTES]:
+        words = f"{sequence.notation}\nchosen by {share:.1%} of {found.resamples} resamples"
+        estimates.append(Estimate(sequence.notation, share, None, None, words))
+    label = "; ".join(estimate.words.replace("\n", ": ") for estimate in estimates)
+    drawing = forest(estimates, title="Share of the resamples that choose it", label=label, through=0.0)
+    caption = f"The {len(estimates)} most frequent of {len(found.shares)} sequences; the vote as it is: "
+    return element("figure", drawing, element("figcaption", f"{caption}{found.chosen.notation}."))
 
 
 def growth_figure(found: Growth) -> Markup:
