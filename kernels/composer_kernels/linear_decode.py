@@ -210,7 +210,7 @@ def linear_decode(
         eps: Of the norm: added to the mean square.
         residual: (B, N) in the type of x, added to the product; None for nothing.
         gated: Whether y is silu(gate) · up.
-        out: (B, N) in the type of x, contiguous: takes y; may be `residual`.
+        out: (B, N) in the type of x, contiguous: takes y; may be `residual`, and else lies over no argument.
         overlap: When reading `weight` begins, on GPUs that can. The caller sees to it that nothing that may still run
             writes `weight`: neither the kernel before on the stream, nor, where that overlaps too, those before it.
             Nothing would report such a slip.
@@ -262,8 +262,25 @@ def _check(
     if out is not None and not out.is_contiguous():
         raise ValueError(f"linear_decode: out must be contiguous; its strides are {out.stride()}")
     given = (x, weight, norm_weight, residual)
+    if out is not None:
+        place = out.data_ptr(), out.stride()
+        shared = [each for each in given if each is not None and _overlap(out, each)]
+        if any(each is not residual or (each.data_ptr(), each.stride()) != place for each in shared):
+            raise ValueError(
+                "linear_decode: out lies over what other programs still read; accepted is residual itself, or memory "
+                "of its own"
+            )
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
         raise RuntimeError("linear_decode: has no gradient; call it under torch.no_grad()")
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether the memory from the first to the last element of one meets that of the other."""
+    ranges = []
+    for tensor in (one, other):
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        ranges.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize))
+    return ranges[0][0] < ranges[1][1] and ranges[1][0] < ranges[0][1]
 
 
 def linear_decode_reference(

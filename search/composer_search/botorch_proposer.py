@@ -52,7 +52,7 @@ class BotorchProposer:
         if initial < 1:
             raise UsageError(f"initial={initial}; expected at least 1 trial before the Bayesian ones")
         self.region, self.seed, self.initial = region, seed, initial
-        self._fitted: tuple[tuple[tuple[int, float], ...], SingleTaskGP] | None = None
+        self._fitted: tuple[tuple[tuple[int, CompositeSequence, float], ...], SingleTaskGP] | None = None
         self._believed: tuple[SingleTaskGP, Tensor] | None = None
 
     def propose(self, trials: Sequence[Trial], running: Sequence[Proposal], number: int) -> Proposal | None:
@@ -102,11 +102,11 @@ class BotorchProposer:
         """The process fitted to the trials, a function of them alone: once for all proposals of a batch."""
         import torch
 
-        key = tuple((trial.trial, trial.score or 0.0) for trial in scored)
+        key = tuple((trial.trial, trial.sequence, trial.score or 0.0) for trial in scored)
         if self._fitted is None or self._fitted[0] != key:
             with torch.random.fork_rng(devices=[]):  # a fit that fails is tried again from random parameters
                 torch.manual_seed(self.seed)
-                self._fitted = key, _fit(seen, [score for _, score in key], len(self._weights))
+                self._fitted = key, _fit(seen, [score for *_, score in key], len(self._weights))
         return self._fitted[1]
 
     @property

@@ -201,10 +201,10 @@ class BayesianProposer:
 
     The process is BoTorch's `SingleTaskGP`: an RBF kernel with a length scale for each position (ARD) and a
     dimension-scaled log-normal prior, noise inferred from the scores. The acquisition is log noisy expected improvement
-    (qLogNEI) with the running trials pending; where a space has more than 10,000 sequences it is climbed letter by
-    letter (`composer_search.climbing`). The process is a function of the trials alone, so that the proposals of a
-    batch share one fit; the acquisition's random numbers are the trial's own. Where Ax has no answer, as when the space
-    is all but exhausted, a random untried sequence stands in and the proposal's note says why.
+    (qLogNEI) with the running trials pending; where a space has more than 10,000 sequences, or three primitives, it is
+    climbed letter by letter (`composer_search.climbing`). The process is a function of the trials alone, so that the
+    proposals of a batch share one fit; the acquisition's random numbers are the trial's own. Where Ax has no answer, as
+    when the space is all but exhausted, a random untried sequence stands in and the proposal's note says why.
 
     Args:
         space: What is searched.
@@ -219,7 +219,7 @@ class BayesianProposer:
         if initial < 1:
             raise UsageError(f"initial={initial}; expected at least 1 trial before the Bayesian ones")
         self.space, self.seed, self.initial = space, seed, initial
-        self._fitted: tuple[list[tuple[int, float | None]], TorchAdapter] | None = None
+        self._fitted: tuple[list[tuple[int, CompositeSequence, float | None]], TorchAdapter] | None = None
 
     def propose(self, trials: Sequence[Trial], running: Sequence[Proposal], number: int) -> Proposal | None:
         """Ask Ax, and a random proposer where Ax has no answer."""
@@ -251,8 +251,11 @@ class BayesianProposer:
         from ax.adapter.registry import Generators
 
         adapter = Generators.SOBOL(experiment=self._client(())._experiment, seed=self.seed, init_position=number)
-        points = (self._sequence(adapter.gen(n=1)) for _ in range(5))
-        return next(sequence for sequence in points if sequence not in tried)
+        for _ in range(5):
+            sequence = self._sequence(adapter.gen(n=1))
+            if sequence not in tried:
+                break
+        return sequence
 
     def _best_candidate(self, trials: Sequence[Trial], running: Sequence[Proposal], number: int) -> CompositeSequence:
         """The untried sequence of the highest acquisition, as far as Ax finds it."""
@@ -282,7 +285,7 @@ class BayesianProposer:
 
         from composer_search.climbing import ClimbingAcquisition
 
-        key = [(trial.trial, trial.score) for trial in _in_order(trials)]
+        key = [(trial.trial, trial.sequence, trial.score) for trial in _in_order(trials)]
         if self._fitted is None or self._fitted[0] != key:
             # The kernel is left to SingleTaskGP: naming RBFKernel would build one without ARD and without the prior.
             # Ax turns two letters into 0 and 1, and more into one-hot vectors, which puts none between two others.

@@ -134,6 +134,17 @@ def test_the_result_goes_where_it_is_told_even_onto_the_residual(device):
     torch.testing.assert_close(residual.double(), wanted, atol=2e-6, rtol=2e-6)  # fp32 sums of 64 products
 
 
+@pytest.mark.usefixtures("_both_ways")
+def test_a_result_over_what_is_still_read_is_refused(device):
+    x, weight, options = make(2, 64, 64, torch.float32, device, norm=True, add=False, gated=False)
+    memory = torch.zeros(192, device=device)
+    shifted, residual = memory[64:].view(2, 64), memory[:128].view(2, 64)
+    x = x.contiguous()
+    for out, added in ((x, None), (weight[:2], None), (shifted, residual)):
+        with pytest.raises(ValueError, match="linear_decode: out lies over what other programs still read"):
+            linear_decode(x, weight, norm_weight=options["norm_weight"], residual=added, out=out)
+
+
 def test_float64_is_the_formula(device):
     x, weight, options = make(2, 5, 7, torch.float64, device, norm=True, add=True, gated=False)
     torch.testing.assert_close(linear_decode(x, weight, **options), exact(x, weight, **options))

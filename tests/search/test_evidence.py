@@ -396,6 +396,13 @@ def test_poor_studies_end_in_a_message(tmp_path, capsys, name, count, seeds, con
         assert ">nan" not in page.read_text().lower()
 
 
+@pytest.mark.parametrize("name", ["oracle", "agreement", "ablation", "votes"])
+def test_negative_seeds_are_one_message(tmp_path, capsys, name):
+    study = str(write_study(tmp_path / "study"))
+    status, _, error = run(capsys, "evidence", name, study, "--seed", "-1", "--output", str(tmp_path / "page.html"))
+    assert status == 2 and "seed=-1; expected 0 or more" in error and "Traceback" not in error
+
+
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(posterior, "available", lambda: False)
     with pytest.raises(ComposerError, match=r"composer-megatron\[search\]"):

@@ -161,6 +161,44 @@ def test_a_batch_is_one_fit_and_each_of_its_proposals_what_it_is_alone(monkeypat
     assert values[0] == values[1]
 
 
+def test_of_three_primitives_too_the_process_finds_what_is_untried():
+    """Ax searches one-hot vectors as a continuum, whose best point again and again rounds to one that was tried."""
+    space = Space("AMW", 3)
+    proposer, trials = BayesianProposer(space, 0, 4), []
+    while len(trials) < 16:
+        batch = propose_batch(proposer, trials, [], range(len(trials), len(trials) + 4))
+        assert [each.note for each in batch] == [None] * 4
+        trials += [trial(each, each.sequence.count("A") / 3) for each in batch]
+    assert [each.proposer for each in trials] == ["sobol"] * 4 + ["bayesian"] * 12
+
+
+def test_a_process_is_of_the_sequences_that_were_scored():
+    """Two studies may hold the same numbers and scores."""
+    space = Space("AM", 6)
+    scores = [0.1, 0.9, 0.4, 0.7, 0.2, 0.6]
+    one, other = (
+        [
+            trial(Proposal(number, space.at(first + step * number), "random"), score)
+            for number, score in enumerate(scores)
+        ]
+        for first, step in ((0, 5), (63, -7))
+    )
+    used = BayesianProposer(space, 0, 4)
+    used.propose(one, [], 6)
+    assert used.propose(other, [], 6) == BayesianProposer(space, 0, 4).propose(other, [], 6)
+    assert acquisition_value(used, other, [], 6) == acquisition_value(BayesianProposer(space, 0, 4), other, [], 6)
+
+
+def test_where_sobol_points_are_all_tried_the_note_says_so():
+    space = Space("AM", 4)
+    trials = [trial(Proposal(rank, space.at(rank), "random"), 0.5) for rank in range(15)]
+    found = [BayesianProposer(space, seed, 99).propose(trials, [], 15) for seed in range(4)]
+    assert {each.sequence for each in found} == {space.at(15)}
+    assert "random" in {each.proposer for each in found}
+    for each in found:
+        assert each.note is None if each.proposer == "sobol" else "again" in each.note, each.note
+
+
 class Rugged(torch.nn.Module):
     """An acquisition of independent random values, where every way up ends soon."""
 

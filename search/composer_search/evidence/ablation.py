@@ -18,7 +18,7 @@ from composer_megatron.sequence import CompositeSequence
 from composer_search.aggregate import aggregate
 from composer_search.evidence.exhibit import Exhibit
 from composer_search.evidence.posterior import LEAST, available, fit_posterior
-from composer_search.evidence.ranks import Floats
+from composer_search.evidence.ranks import Floats, generator
 from composer_search.evidence.scores import Scores
 
 Rule = Callable[[Sequence[CompositeSequence], Floats], CompositeSequence]
@@ -173,7 +173,7 @@ def ablate(
     elif gaussian_process:
         missing.append(f"The Gaussian process is left out: it needs BoTorch and at least {LEAST} trials.")
     views = [scores.view(number if noisy else None) for number in range(draws)]
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     drawn = [rng.choice(len(scores), size=size, replace=False) for _ in range(draws)]
     found = []
     for name, rule in rules.items():

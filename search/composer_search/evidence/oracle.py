@@ -20,7 +20,7 @@ import numpy as np
 
 from composer_megatron.errors import UsageError
 from composer_search.evidence.exhibit import Exhibit
-from composer_search.evidence.ranks import LEAST, Floats, Interval, bootstrap_weights, interval, spearman
+from composer_search.evidence.ranks import LEAST, Floats, Interval, bootstrap_weights, generator, interval, spearman
 from composer_search.evidence.scores import Scores
 
 RESAMPLES = 2000
@@ -172,7 +172,7 @@ def oracle(scores: Scores, *, seed: int = 0, resamples: int = RESAMPLES) -> Orac
 
 def resampled_means(by_seed: Floats, seed: int, resamples: int) -> Floats:
     """Means of seeds [n, S] drawn with replacement, widened as `oracle` says: [resamples, n]."""
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     candidates, count = by_seed.shape
     mean = by_seed.mean(axis=1)
     drawn = rng.integers(count, size=(resamples, candidates, count))
@@ -219,7 +219,7 @@ def _halves(by_seed: Floats, seed: int) -> float | None:
     half = count // 2
     if half < 2:
         return None
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     found = []
     for _ in range(_MOST_SPLITS):
         order = rng.permutation(count)

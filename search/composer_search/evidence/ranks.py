@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from composer_megatron.errors import UsageError
+
 Floats = NDArray[np.float64]
 Coefficient = Literal["spearman", "kendall"]
 
@@ -24,6 +26,17 @@ LEVEL = 0.95
 
 _CHUNK = 1 << 24
 """Elements of the largest intermediate matrix of a bootstrap."""
+
+
+def generator(seed: int) -> np.random.Generator:
+    """NumPy's, of a seed that a person chose.
+
+    Raises:
+        UsageError: If it is negative.
+    """
+    if seed < 0:
+        raise UsageError(f"seed={seed}; expected 0 or more")
+    return np.random.default_rng(seed)
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ def bootstrap_weights(candidates: int, seed: int, resamples: int | None = None) 
     """
     if resamples is None:
         resamples = max(_FEWEST_RESAMPLES, min(RESAMPLES, RESAMPLES * 500**2 // candidates**2))
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     even = np.full(candidates, 1 / candidates)
     return rng.multinomial(candidates, even, size=resamples).astype(np.float64)
 
