@@ -33,6 +33,15 @@ class FailuresAsTheyCome:
 
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a script of `benchmarks/` by its name, which finds its neighbours."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
 CLOCK = 1e-3
 """Seconds that everything takes."""
 

@@ -1,6 +1,5 @@
 """The page's table of kernel targets is what the results say."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -12,9 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("kernel_table")
+def script(load):
+    return load("kernel_table")
 
 
 def row(case, name, graph, fraction, **more):

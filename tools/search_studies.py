@@ -384,6 +384,8 @@ def main() -> None:
     fidelity = Fidelity(chosen.steps, chosen.batch_size, chosen.learning_rate, chosen.preset)
     trainings = chosen.trainings or chosen.work / "trainings.jsonl"
     try:
+        if chosen.verb == "collect" and chosen.trainings and not chosen.trainings.is_file():
+            raise FileError(f"{chosen.trainings} is no file: expected trainings that a run has left")
         if chosen.verb == "plan":
             plan(chosen.folder, chosen.work)
         elif chosen.verb == "run":

@@ -209,15 +209,17 @@ def rate(rows: Iterable[Row], **wanted: Any) -> Row | None:
 
 
 def ratios(rows: Sequence[Row], gpu: str, shape: str, backend: str, model: str) -> list[tuple[int, float]]:
-    """Tokens/s of a model over Llama's by sequence length, each pair from one file."""
-    found = []
+    """Tokens/s of a model over Llama's by sequence length, each pair from the file in which the model is fastest."""
+    found: dict[int, tuple[float, float]] = {}
     for row in rows:
         same = (row["source"].gpu, row["shape"], row["backend"], row["model"]) == (gpu, shape, backend, model)
         # A Composite of other widths names its shape after the one that it was matched to.
         llama = rate(rows, source=row["source"], shape=shape, backend=backend, model="llama", seq_len=row["seq_len"])
         if same and llama and comparable(row):
-            found.append((row["seq_len"], row["tokens_per_second"] / llama["tokens_per_second"]))
-    return sorted(dict(found).items())
+            speed = row["tokens_per_second"]
+            pair = (speed, speed / llama["tokens_per_second"])
+            found[row["seq_len"]] = max(pair, found.get(row["seq_len"], pair))
+    return sorted((length, ratio) for length, (_, ratio) in found.items())
 
 
 def headline(results: Results) -> str:

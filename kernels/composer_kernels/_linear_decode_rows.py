@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from composer_kernels._launch import Kernel, as_rows, power_of_2
-from composer_kernels.overlap import Overlap, can_overlap
+from composer_kernels.overlap import Overlap, can_overlap, launch_options
 from composer_kernels.rms_norm import rms_norm
 
 MOST_NORMED = 16
@@ -128,11 +128,10 @@ class RowsLaunch:
     warps: int = 4
     overlap: Overlap = "none"
 
-    @functools.cached_property
+    @property
     def options(self) -> tuple[tuple[str, Any], ...]:
         """As `Kernel.launch` takes them."""
-        warps = ("num_warps", self.warps)
-        return (warps,) if self.overlap == "none" else (warps, ("launch_pdl", True))
+        return launch_options(self.warps, self.overlap)
 
 
 def padded(rows: int) -> int:

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from composer_kernels._launch import Kernel, as_rows, check_dtypes, describe, runs_kernel
 from composer_kernels._linear_decode_rows import launch_rows
-from composer_kernels.overlap import Overlap, can_overlap
+from composer_kernels.overlap import Overlap, can_overlap, launch_options
 from composer_kernels.rms_norm import rms_norm_reference
 from composer_kernels.swiglu import swiglu_reference
 
@@ -121,11 +121,10 @@ class Launch:
     warps: int = 4
     overlap: Overlap = "none"
 
-    @functools.cached_property
+    @property
     def options(self) -> tuple[tuple[str, Any], ...]:
         """As `Kernel.launch` takes them."""
-        warps = ("num_warps", self.warps)
-        return (warps,) if self.overlap == "none" else (warps, ("launch_pdl", True))
+        return launch_options(self.warps, self.overlap)
 
 
 @functools.cache

@@ -9,13 +9,20 @@ two instructions, `tl.extra.cuda.gdc_launch_dependents` and `gdc_wait`.
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 Overlap = Literal["none", "tail", "full"]
 """When a kernel of a sequence begins: after the one before it; when all programs of that one run and have waited, so
 that just the one before may still be at work; or when they run, wait as they may, so that several may be."""
+
+
+@functools.cache
+def launch_options(warps: int, overlap: Overlap) -> tuple[tuple[str, Any], ...]:
+    """What `Kernel.launch` takes for a kernel of so many warps that overlaps so."""
+    options = ("num_warps", warps)
+    return (options,) if overlap == "none" else (options, ("launch_pdl", True))
 
 
 @functools.cache

@@ -316,6 +316,18 @@ def test_ratios_of_the_headline_are_of_one_file(folder: Path) -> None:
     assert "within the products (`activation=quack`): 75.0k tokens/s and 70.0k tokens/s (x0.707)\n" in text
 
 
+def test_of_several_runs_that_of_the_fastest_composite_counts_everywhere(folder: Path) -> None:
+    """The page's curves and the README's lines must be of the same run, whatever the files are called."""
+    rows = [training_row("llama", "composer", 4096, 60_000.0), training_row("stacked", "composer", 4096, 63_000.0)]
+    before = read_results(folder)
+    for name in ("training-0.json", "training-9.json"):
+        (folder / "nvidia-h100" / name).write_text(json.dumps({"gpu": "NVIDIA H100", "rows": rows}))
+    found = read_results(folder)
+    assert ratios(found.training, "NVIDIA H100", "1b", "composer", "stacked")[0] == (4096, pytest.approx(1.1))
+    assert gains(found.training) == gains(before.training)
+    assert "72.6k tokens/s with the Composite, 66.0k tokens/s with Llama (x1.100)" in headline(found)
+
+
 def test_rows_that_may_be_compared_to_none_are_shown_with_their_reason(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

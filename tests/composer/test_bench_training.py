@@ -2,14 +2,12 @@
 
 import dataclasses
 import gc
-import importlib
 import json
 import os
 import subprocess
 import sys
 import weakref
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -21,16 +19,6 @@ from composer_megatron.shape import PRESETS
 
 ROOT = Path(__file__).parents[2]
 TINY = dataclasses.replace(PRESETS["tiny"], vocab_size=96, num_query_groups=2)
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return load
 
 
 @pytest.mark.parametrize("tied", [True, False])

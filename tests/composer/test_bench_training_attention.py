@@ -1,10 +1,9 @@
 """TransformerEngine chooses its attention: which one it was is said, and the unfused one is compared to nothing."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,16 +18,6 @@ ROOT = Path(__file__).parents[2]
 SHAPE = PRESETS["tiny"]
 MODULE = "transformer_engine.pytorch.attention.dot_product_attention"
 """Where it writes down what it chose."""
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return load
 
 
 @pytest.mark.parametrize(

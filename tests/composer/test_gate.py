@@ -1,6 +1,5 @@
 """The gate: medians, spread, what counts as worse; two folders and two revisions."""
 
-import importlib
 import json
 import subprocess
 from pathlib import Path
@@ -14,9 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("gate")
+def gate(load) -> ModuleType:
+    return load("gate")
 
 
 def training(path: Path, seconds: list[float], gpu: str = "H100", **more) -> Path:

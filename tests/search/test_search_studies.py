@@ -137,6 +137,14 @@ def test_mistakes_are_named_before_anything_starts(arguments, status, message, t
     assert not list(tmp_path.iterdir())
 
 
+def test_missing_trainings_are_named_and_nothing_is_written(tool, tmp_path, capsys):
+    missing = tmp_path / "none.jsonl"
+    with pytest.raises(SystemExit) as stop:
+        tool(tmp_path, "collect", "--trainings", str(missing))
+    assert stop.value.code == 1 and f"{missing} is no file" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_damaged_trainings_are_named(tool, tmp_path, capsys):
     (tmp_path / "trainings.jsonl.gz").write_bytes(gzip.compress(b"{}\n" * 99)[:-9])
     with pytest.raises(SystemExit) as stop:
