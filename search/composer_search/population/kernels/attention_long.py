@@ -42,10 +42,12 @@ from composer_search.population.kernels.attention_parts import (
     load_angles,
     load_mixed,
     load_part,
-    store_bias,
     store_part,
     turn,
 )
+
+NEVER = tl.constexpr(1e30)
+"""A sum of the softmax that makes weights 0."""
 
 PREPARED_NUMBERS = 1024
 """Numbers of each part that are turned at once, PREPARED positions."""
@@ -77,6 +79,26 @@ def _tile(ptr: tl.tensor, position: tl.tensor, WIDE: tl.constexpr, COUNT: tl.con
     offset = position[:, None] * WIDE + channel[None, :]
     inside = (channel < WIDE)[None, :] if COUNT > WIDE else None
     return tl.load(ptr + offset, mask=inside, other=None if COUNT == WIDE else 0.0)
+
+
+@triton.jit
+def _with_parts(tile: tl.tensor, x: tl.tensor, WIDE: tl.constexpr, COUNT: tl.constexpr) -> tl.tensor:
+    """A tile with x [positions] in three channels from WIDE on: each has 8 bits of what those before leave of it."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    channel = tl.arange(0, COUNT)[None, :]
+    tile = tl.where(channel == WIDE, high[:, None].to(tile.dtype), tile)
+    tile = tl.where(channel == WIDE + 1, middle[:, None].to(tile.dtype), tile)
+    return tl.where(channel == WIDE + 2, low[:, None].to(tile.dtype), tile)
+
+
+@triton.jit
+def _with_ones(tile: tl.tensor, WIDE: tl.constexpr, COUNT: tl.constexpr) -> tl.tensor:
+    """A tile with 1 in the channels of `_with_parts`."""
+    channel = tl.arange(0, COUNT)[None, :]
+    return tl.where((channel >= WIDE) & (channel < WIDE + 3), tl.full((1, 1), 1.0, tl.float32).to(tile.dtype), tile)
 
 
 @triton.jit
@@ -154,7 +176,7 @@ def _forward_kernel(
         mask = here[:, None] & (channel < WIDTH)[None, :]
         tl.store(mixed_ptr + offset, (mixed * (1 / total)[:, None]).to(dtype), mask=mask)
         # a query that is not asked for has a sum that makes its weights 0 in the backward pass
-        tl.store(sums_ptr + query, tl.where(here, most + tl.log2(total), float("inf")))
+        tl.store(sums_ptr + query, tl.where(here, most + tl.log2(total), NEVER))
 
 
 @triton.jit
@@ -178,31 +200,44 @@ def _queries(
     q_ptr: tl.tensor, dmixed_ptr: tl.tensor, sums_ptr: tl.tensor, delta_ptr: tl.tensor, query: tl.tensor,
     length: tl.tensor, wanted: tl.tensor,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, LAST: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    """What backward needs of queries: themselves and the mixture's gradient, both also DEEP; their sums and deltas."""
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """What backward needs of queries: themselves and the mixture's gradient; both also DEEP, less sums and deltas."""
     deep_q = _tile(q_ptr, query, WIDE, DEEP)
     place = _place(query, length, wanted, LAST)
     deep_dmixed = load_mixed(dmixed_ptr, place, wanted, HEADS, WIDTH, DEEP)
     q = _tile(q_ptr, query, WIDE, WIDE)
     dmixed = load_mixed(dmixed_ptr, place, wanted, HEADS, WIDTH, WIDE)
-    return q, deep_q, dmixed, deep_dmixed, tl.load(sums_ptr + query), tl.load(delta_ptr + query)
+    deep_q = _with_parts(deep_q, -tl.load(sums_ptr + query), WIDE, DEEP)
+    return q, deep_q, dmixed, _with_parts(deep_dmixed, -tl.load(delta_ptr + query), WIDE, DEEP)
 
 
 @triton.jit
 def _add_gradients(
     q: tl.tensor, deep_q: tl.tensor, k: tl.tensor, deep_k: tl.tensor, deep_v: tl.tensor, dmixed: tl.tensor,
-    deep_dmixed: tl.tensor, sums: tl.tensor, delta: tl.tensor, dk: tl.tensor, dv: tl.tensor, causal: tl.tensor,
+    deep_dmixed: tl.tensor, dk: tl.tensor, dv: tl.tensor, causal: tl.tensor,
     DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """Add one tile's share to dk and dv, and return its share of dq besides; on scores transposed, [keys, queries]."""
-    weight = tl.exp2(tl.dot(deep_k, tl.trans(deep_q), input_precision=PRECISION) - sums[None, :])
+    weight = tl.exp2(tl.dot(deep_k, tl.trans(deep_q), input_precision=PRECISION))
     if DIAGONAL:
         weight = tl.where(causal, weight, 0.0)
     dweight = tl.dot(deep_v, tl.trans(deep_dmixed), input_precision=PRECISION)
-    dscore = (weight * (dweight - delta[None, :])).to(q.dtype)
+    dscore = (weight * dweight).to(q.dtype)
     dv = tl.dot(weight.to(q.dtype), dmixed, dv, input_precision=PRECISION)
     dk = tl.dot(dscore, q, dk, input_precision=PRECISION)
     return dk, dv, tl.dot(tl.trans(dscore), k, input_precision=PRECISION)
+
+
+@triton.jit
+def _store_bias(
+    dbias_ptr: tl.tensor, all_d: tl.tensor, PART: tl.constexpr, PIECES: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write a part's share of the bias's gradient in PIECES sums, each of one warp's rows: they need no barrier."""
+    channel = tl.arange(0, WIDE)
+    pieces = tl.sum(tl.reshape(all_d, (PIECES, BLOCK // PIECES, WIDE)), 1)
+    offset = tl.arange(0, PIECES)[:, None] * (3 * HEADS * WIDTH) + PART * HEADS * WIDTH + channel[None, :]
+    tl.store(dbias_ptr + offset, pieces, mask=(channel < WIDTH)[None, :])
 
 
 @triton.jit
@@ -210,14 +245,14 @@ def _backward_kernel(
     turned_ptr: tl.tensor, cosine_ptr: tl.tensor, sine_ptr: tl.tensor, mixed_ptr: tl.tensor, dmixed_ptr: tl.tensor,
     sums_ptr: tl.tensor, delta_ptr: tl.tensor, scratch_ptr: tl.tensor, djoint_ptr: tl.tensor, dbias_ptr: tl.tensor,
     length: tl.tensor, wanted: tl.tensor, padded: tl.tensor, root: tl.tensor,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, PIECES: tl.constexpr,
     BLOCK: tl.constexpr, PREPARED: tl.constexpr, PRECISION: tl.constexpr, LAST: tl.constexpr,
 ) -> None:  # fmt: skip
     sequence = (tl.program_id(0) // HEADS).to(tl.int64)
     head = tl.program_id(0) % HEADS
     wanted = wanted if LAST else length
     djoint_ptr += sequence * length * (3 * HEADS * WIDTH) + head * WIDTH
-    dbias_ptr += sequence * (3 * HEADS * WIDTH) + head * WIDTH
+    dbias_ptr += sequence * (PIECES * 3 * HEADS * WIDTH) + head * WIDTH
     mixed_ptr += sequence * wanted * (HEADS * WIDTH) + head * WIDTH
     dmixed_ptr += sequence * wanted * (HEADS * WIDTH) + head * WIDTH
     sums_ptr += (sequence * HEADS + head) * padded
@@ -235,26 +270,26 @@ def _backward_kernel(
     begin = _first_tile(length, wanted, BLOCK, LAST)
     for start in range(0, padded, BLOCK):
         key = start + tl.arange(0, BLOCK)
-        deep_k = _tile(k_ptr, key, WIDE, DEEP)
-        deep_v = _tile(v_ptr, key, WIDE, DEEP)
+        deep_k = _with_ones(_tile(k_ptr, key, WIDE, DEEP), WIDE, DEEP)
+        deep_v = _with_ones(_tile(v_ptr, key, WIDE, DEEP), WIDE, DEEP)
         k = _tile(k_ptr, key, WIDE, WIDE)
         dk, dv, dq = zeros, zeros, zeros
         if not LAST or start >= begin:
-            q, deep_q, dmixed, deep_dmixed, sums, delta = _queries(
+            q, deep_q, dmixed, deep_dmixed = _queries(
                 q_ptr, dmixed_ptr, sums_ptr, delta_ptr, key, length, wanted, HEADS, WIDTH, WIDE, DEEP, LAST
             )  # fmt: skip
             dk, dv, dq = _add_gradients(
-                q, deep_q, k, deep_k, deep_v, dmixed, deep_dmixed, sums, delta, dk, dv, causal, True, PRECISION
+                q, deep_q, k, deep_k, deep_v, dmixed, deep_dmixed, dk, dv, causal, True, PRECISION
             )  # fmt: skip
             if start > 0:
                 dq += tl.load(scratch_ptr + key[:, None] * WIDE + channel[None, :])
         for after in range(tl.maximum(start + BLOCK, begin) if LAST else start + BLOCK, padded, BLOCK):
             query = after + tl.arange(0, BLOCK)
-            q, deep_q, dmixed, deep_dmixed, sums, delta = _queries(
+            q, deep_q, dmixed, deep_dmixed = _queries(
                 q_ptr, dmixed_ptr, sums_ptr, delta_ptr, query, length, wanted, HEADS, WIDTH, WIDE, DEEP, LAST
             )  # fmt: skip
             dk, dv, more = _add_gradients(
-                q, deep_q, k, deep_k, deep_v, dmixed, deep_dmixed, sums, delta, dk, dv, causal, False, PRECISION
+                q, deep_q, k, deep_k, deep_v, dmixed, deep_dmixed, dk, dv, causal, False, PRECISION
             )  # fmt: skip
             offset = query[:, None] * WIDE + channel[None, :]
             if start > 0:
@@ -270,7 +305,9 @@ def _backward_kernel(
         all_dk += dk
         all_dv += dv
         tl.debug_barrier()  # as above, of `scratch`
-    store_bias(dbias_ptr, all_dq, all_dk, all_dv, HEADS, WIDTH, WIDE)
+    _store_bias(dbias_ptr, all_dq, 0, PIECES, HEADS, WIDTH, WIDE, BLOCK)
+    _store_bias(dbias_ptr, all_dk, 1, PIECES, HEADS, WIDTH, WIDE, BLOCK)
+    _store_bias(dbias_ptr, all_dv, 2, PIECES, HEADS, WIDTH, WIDE, BLOCK)
 
 
 def head_bytes(length: int, width: int, dtype: torch.dtype) -> tuple[float, float]:
@@ -291,6 +328,7 @@ def default_launch(length: int, width: int, dtype: torch.dtype) -> Launch:
 def _constants(width: int, launch: Launch) -> dict[str, int]:
     sizes = channels(width)
     prepared = PREPARED_NUMBERS // sizes["WIDE"]
+    sizes["DEEP"] = 2 * sizes["WIDE"]  # room for `_with_parts`
     options = {"num_warps": launch.warps, "num_stages": 1}
     return sizes | options | {"BLOCK": launch.positions, "PREPARED": prepared}
 
@@ -333,10 +371,12 @@ def backward(
     delta = torch.empty_like(sums)
     scratch = torch.empty(sequences, heads, padded, wide, dtype=torch.float32, device=mixed.device)
     djoint = mixed.new_empty(rows, per_row * length, 3 * hidden)
-    dbias = torch.empty(rows, per_row, 3 * hidden, dtype=torch.float32, device=mixed.device)
+    pieces = launch.warps
+    dbias = torch.empty(rows, per_row * pieces, 3 * hidden, dtype=torch.float32, device=mixed.device)
     _backward_kernel[(sequences * heads,)](
         turned, cosine, sine, mixed, dmixed.contiguous(), sums, delta, scratch, djoint, dbias, length, wanted, padded,
         width**-0.5,
-        HEADS=heads, PRECISION=precision, LAST=wanted < length, maxnreg=launch.registers, **_constants(width, launch),
+        HEADS=heads, PIECES=pieces, PRECISION=precision, LAST=wanted < length, maxnreg=launch.registers,
+        **_constants(width, launch),
     )  # fmt: skip
     return djoint, dbias.sum(1)
