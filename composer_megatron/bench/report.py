@@ -31,6 +31,9 @@ VARIANTS = {
 }
 """The headline's backend with parts of others, and what that is."""
 
+MEGATRON = {"te": "Megatron with TransformerEngine", "local": "Megatron with PyTorch alone"}
+"""Megatron's own backends, and what they are."""
+
 Row = dict[str, Any]
 
 
@@ -260,7 +263,8 @@ def _training_lines(results: Results, gpu: str) -> list[str]:
             f"Llama ({_gain(stacked, llama)}), {rates} TFLOP/s{_beside_peer(cells[first], stacked)}, backend {ours}"
         )
         if ours == OURS:
-            lines += [said for name in VARIANTS if (said := _variant(cells[first], name)) is not None]
+            lines += [said for name in VARIANTS if (said := _variant(cells[first], name, _step_tokens(stacked)))]
+            lines += [said for name in MEGATRON if (said := _beside_megatron(cells[first], name))]
         if pairs:
             others = (f"{_thousands(a)} at {length:,} ({_gain(a, b)})" for length, (a, b) in pairs.items())
             lines.append(f"training {shape} by length, the Composite and its gain over Llama: {', '.join(others)}")
@@ -285,7 +289,7 @@ def _pair(rows: Sequence[Row], backend: str | None) -> tuple[Row, Row] | None:
     return max(found, key=lambda pair: float(pair[0]["tokens_per_second"]), default=None)
 
 
-def _variant(rows: Sequence[Row], backend: str) -> str | None:
+def _variant(rows: Sequence[Row], backend: str, usual: int) -> str | None:
     """What a pair on another backend reaches, and how much that is over ours in the same file, if that has ours."""
     pair = _pair(rows, backend)
     if pair is None:
@@ -295,7 +299,27 @@ def _variant(rows: Sequence[Row], backend: str) -> str | None:
         plain = rate(rows, backend=OURS, model=row["model"], source=row["source"])
         gain = "" if plain is None else f" ({_gain(row, plain)})"
         said.append(f"{_thousands(row)}{gain}")
-    return f"the same {VARIANTS[backend]}: {' and '.join(said)}{_beside_peer(rows, pair[0])}"
+    tokens = _step_tokens(pair[0])
+    steps = "" if tokens == usual else f" in steps of {tokens:,} tokens"
+    return f"the same {VARIANTS[backend]}{steps}: {' and '.join(said)}{_beside_peer(rows, pair[0])}"
+
+
+def _step_tokens(row: Row) -> int:
+    return int(row["micro_batches"] * row["micro_batch"] * row["seq_len"])
+
+
+def _beside_megatron(rows: Sequence[Row], backend: str) -> str | None:
+    """Llama on a backend of Megatron's, and ours beside it in the same file; None where no file has both."""
+    llamas = [row for row in rows if row["backend"] == backend and row["model"] == "llama" and comparable(row)]
+    for llama in llamas:
+        ours = {row["model"]: row for row in rows if row["backend"] == OURS and row["source"] is llama["source"]}
+        if all(name in ours and comparable(ours[name]) for name in ("llama", "stacked")):
+            gains = [_gain(ours[name], llama) for name in ("llama", "stacked")]
+            return (
+                f"{MEGATRON[backend]} (backend {backend}): {_thousands(llama)} with Llama; "
+                f"in the same run ours {gains[0]} with Llama, {gains[1]} with the Composite"
+            )
+    return None
 
 
 def _beside_peer(rows: Sequence[Row], stacked: Row) -> str:

@@ -27,12 +27,11 @@ from composer_megatron.inference.cache import LayerCache, cache_bytes, make_cach
 from composer_megatron.inference.limits import SPARE
 from composer_megatron.inference.weights import Block, Weights
 
-FUSED_ROWS = 1
+FUSED_ROWS = 8
 """Requests up to which products are `linear_decode`'s, and not cuBLAS's with other kernels around them.
 
 On an H100 a step of Llama 1b at 512 tokens takes 1.08 ms by it and 1.30 by cuBLAS with one request, 1.22 and 1.37 with
-eight, and 1.77 and 1.52 with 32 (`benchmarks/bench_inference.py`). So 8 would be quicker; but the tests of the kernel
-for two rows and more have passed in Triton's interpreter alone, and have not been run on a GPU.
+eight, and 1.77 and 1.52 with 32 (`benchmarks/bench_inference.py`).
 """
 
 
