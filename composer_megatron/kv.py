@@ -1,8 +1,9 @@
 """What decoding keeps in memory, and how many requests fit: exact cache bytes, and an estimate of everything else.
 
 The cache is counted exactly (`Architecture.kv_bytes_per_token`, `Architecture.state_bytes`). What a GPU needs besides
-is weights, a pass over prompts, a row of logits and of tokens a request, and a round sum for CUDA; `fitting_batch`
-leaves that free. ``composer-megatron kv --check`` allocates and runs such batches on a GPU.
+is weights, passes over prompts and over one token of each request, as PyTorch's allocator keeps them, a row of logits
+and of tokens a request, and a round sum for CUDA; `fitting_batch` leaves that free. ``composer-megatron kv --check``
+allocates and runs such batches on a GPU.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from composer_megatron.inference.limits import PREFILL_TOKENS, SPARE
 BYTES = 2
 """Of an element of weights, cache and activations: bf16."""
 
-CUDA_BYTES = 1_500_000_000
-"""Left for CUDA's own context, compiled kernels, cuBLAS's workspaces and the allocator's gaps; an estimate."""
+CUDA_BYTES = 1_000_000_000
+"""Left for CUDA's context and kernels, 802 MB in processes on an H100 and on an H200 (`tests/composer/test_kv.py`),
+two workspaces of cuBLAS of 32 MiB, for prompts and for steps, and tables.
+"""
 
 
 @dataclass(frozen=True)
@@ -86,22 +89,48 @@ def fitting_batch(architecture: Architecture, context: int, memory: int) -> int:
     for name, value in (("context", context), ("memory", memory)):
         if value < 1:
             raise UsageError(f"{name}={value}; expected at least 1")
-    return max(0, (memory - fixed_bytes(architecture)) // request_bytes(architecture, context))
+    return max(0, (memory - fixed_bytes(architecture, context)) // request_bytes(architecture, context))
 
 
 def request_bytes(architecture: Architecture, context: int) -> int:
-    """Bytes of one request: cache, logits, tokens, and the hidden states of a decoding step."""
-    shape = architecture.shape
+    """Bytes of one request: cache, logits and their copy while a step is captured, tokens, and its part of a step."""
     cache = architecture.state_bytes(context, BYTES)
-    hidden = BYTES * (4 * shape.hidden_size + 3 * shape.ffn_hidden_size)
-    return cache + 2 * BYTES * shape.vocab_size + 8 * (context + SPARE + 1) + hidden
+    logits = 2 * BYTES * architecture.shape.vocab_size
+    return cache + logits + 8 * (context + SPARE + 1) + pass_bytes(architecture)
 
 
-def fixed_bytes(architecture: Architecture) -> int:
-    """Bytes whatever the batch: weights, the copy that keeps query, key and value apart, a pass over prompts, CUDA."""
+def fixed_bytes(architecture: Architecture, context: int) -> int:
+    """Bytes whatever the batch: weights, the copy that keeps query, key and value apart, a pass over prompts, CUDA.
+
+    A prompt of several passes has its keys and values taken out of the cache for each.
+    """
     shape = architecture.shape
     heads = shape.num_attention_heads + 2 * shape.num_query_groups
-    attends = sum(architecture.sequence.count(letter) for letter in "AW")
+    attends = _attends(architecture)
     copies = attends * heads * shape.head_dim * shape.hidden_size
-    widest = 4 * shape.hidden_size + max(3 * shape.ffn_hidden_size, 3 * heads * shape.head_dim)
-    return CUDA_BYTES + BYTES * (architecture.params_total + copies + PREFILL_TOKENS * widest)
+    past = 2 * context * shape.num_query_groups * shape.head_dim if attends and context > PREFILL_TOKENS else 0
+    prompts = PREFILL_TOKENS * pass_bytes(architecture)
+    return CUDA_BYTES + BYTES * (architecture.params_total + copies + past) + prompts
+
+
+def pass_bytes(architecture: Architecture) -> int:
+    """Bytes that a pass over many tokens takes of the allocator for each of them.
+
+    More than what is in use at a time: a block that was freed waits for the next of its size. So each size counts as
+    often as it is in use at its own time. That is five times the width of the residual stream, around a norm (what
+    comes in, what goes out, and its input of the norm before), three times an MLP's inner width (gate, up, product),
+    two projections to heads, where attention follows attention, rotated keys, queries and results as far as they are
+    wider than the stream, and a log-sum-exp a head in fp32.
+    """
+    shape = architecture.shape
+    elements = 5 * shape.hidden_size + 3 * shape.ffn_hidden_size
+    if _attends(architecture):
+        queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
+        wider = max(0, queries - shape.hidden_size)
+        elements += 2 * (queries + 2 * keys) + keys + 2 * wider + 2 * shape.num_attention_heads
+    return BYTES * elements
+
+
+def _attends(architecture: Architecture) -> int:
+    """Blocks of attention, with and without a window."""
+    return sum(architecture.sequence.count(letter) for letter in "AW")

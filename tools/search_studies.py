@@ -176,13 +176,12 @@ def steps(folder: Path, tasks: Sequence[str]) -> Iterator[Step]:
         yield Step("sixteen", sixteen, (task,), 1)
 
 
-def unpack(folder: Path, trainings: Path) -> None:
-    """Put the folder's trainings into a file, before those that it has.
+def unpack(packed: Path, trainings: Path) -> None:
+    """Put packed trainings into a file, before those that it has.
 
     Raises:
-        FileError: If the folder's are damaged.
+        FileError: If the packed ones are damaged.
     """
-    packed = folder / PACKED
     if not packed.exists():
         return
     try:
@@ -195,9 +194,9 @@ def unpack(folder: Path, trainings: Path) -> None:
     write_text(trainings, "".join(dict.fromkeys([*kept, *own])))
 
 
-def pack(trainings: Path, folder: Path) -> None:
-    """Keep a file of trainings in the folder, in one step; the same trainings give the same bytes."""
-    packed, partial = folder / PACKED, folder / f".{PACKED}.tmp"
+def pack(trainings: Path, packed: Path) -> None:
+    """Keep a file of trainings packed, in one step; the same trainings give the same bytes."""
+    partial = packed.with_name(f".{packed.name}.tmp")
     with naming(packed, "write"):
         partial.write_bytes(gzip.compress("".join(_lines(trainings.read_text())).encode(), mtime=0))
         partial.replace(packed)
@@ -211,7 +210,7 @@ def _lines(text: str) -> list[str]:
 def run(folder: Path, trainings: Path, seconds: float, at_once: int, fidelity: Fidelity) -> None:
     """Train until the time is up."""
     end = time.monotonic() + seconds
-    unpack(folder, trainings)
+    unpack(folder / PACKED, trainings)
     _try_out(fidelity)
     with tempfile.TemporaryDirectory() as temporary:
         for number, step in enumerate(steps(folder, fidelity.tasks)):
@@ -240,11 +239,11 @@ def collect(folder: Path, trainings: Path, work: Path, fidelity: Fidelity) -> No
     Raises:
         ComposerError: If nothing was trained.
     """
-    unpack(folder, trainings)
+    unpack(folder / PACKED, trainings)
     known: dict[TrainingKey, object] = dict(Ledger(trainings).read())
     if not known:
         raise ComposerError(f"neither {folder / PACKED} nor {trainings} has a training; `run` on a GPU makes them")
-    pack(trainings, folder)
+    pack(trainings, folder / PACKED)
     results: dict[str, Any] = {"fidelity": asdict(fidelity)}
     six = _make(work, _whole("six", SIX, SIX, fidelity, known), trainings, fidelity)
     if six:
@@ -255,7 +254,7 @@ def collect(folder: Path, trainings: Path, work: Path, fidelity: Fidelity) -> No
     if searched:
         others = _make(work, sixteen and replace(sixteen, name="sixteen-known", sequences=KNOWN), trainings, fidelity)
         results["sixteen"] = _summary(searched) | _judge(searched, ["2A5M2A3M1A3M"], others)
-    write_json(folder / "results.json", _rounded(results))
+    write_json(folder / "results.json", rounded(results))
     print(f"summary written to {folder / 'results.json'}, studies and pages to {work}")
 
 
@@ -315,8 +314,8 @@ def _judge(study: Path, sequences: Sequence[str], others: Path | None) -> dict[s
     placed = standing(study, named, others=others)
     ranks = [agreement.size_agreement(scores), *agreement.task_agreements(scores)]
     values = {
-        "standing": _show(pages / "standing.html", placed.exhibit(), figures.standing_figure(placed)),
-        "agreement": _show(pages / "agreement.html", agreement.exhibit(ranks), figures.agreement_figure(ranks)),
+        "standing": show(pages / "standing.html", placed.exhibit(), figures.standing_figure(placed)),
+        "agreement": show(pages / "agreement.html", agreement.exhibit(ranks), figures.agreement_figure(ranks)),
     }
     if scores.seeds is None:
         return values
@@ -325,14 +324,14 @@ def _judge(study: Path, sequences: Sequence[str], others: Path | None) -> dict[s
     replayed = regret(Study.load(study), proposers=PROPOSERS, replays=REPLAYS, noisy=True)
     rules = ablate(scores, draws=DRAWS, noisy=True)
     return values | {
-        "votes": _show(pages / "votes.html", ballots.exhibit(), figures.votes_figure(ballots)),
-        "oracle": _show(pages / "oracle.html", ranking.exhibit(), figures.oracle_figure(ranking)),
-        "regret": _show(pages / "regret.html", replayed.exhibit(), figures.regret_figure(replayed)),
-        "ablation": _show(pages / "ablation.html", rules.exhibit(), figures.ablation_figure(rules)),
+        "votes": show(pages / "votes.html", ballots.exhibit(), figures.votes_figure(ballots)),
+        "oracle": show(pages / "oracle.html", ranking.exhibit(), figures.oracle_figure(ranking)),
+        "regret": show(pages / "regret.html", replayed.exhibit(), figures.regret_figure(replayed)),
+        "ablation": show(pages / "ablation.html", rules.exhibit(), figures.ablation_figure(rules)),
     }
 
 
-def _show(page: Path, exhibit: Exhibit, figure: Markup | None) -> dict[str, Any]:
+def show(page: Path, exhibit: Exhibit, figure: Markup | None) -> dict[str, Any]:
     """Print an exhibit, write its page, and give its rows and findings."""
     figures.write_exhibit(page, exhibit, figure)
     print(f"\n{exhibit.title}")
@@ -343,18 +342,18 @@ def _show(page: Path, exhibit: Exhibit, figure: Markup | None) -> dict[str, Any]
     return {"rows": rows, "findings": exhibit.findings}
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """JSON values with numbers to five digits, which is more than they are worth."""
     if isinstance(value, Mapping):
-        return {key: _rounded(each) for key, each in value.items()}
+        return {key: rounded(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(each) for each in value]
+        return [rounded(each) for each in value]
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     return value
 
 
-def _above_zero(kind: type[int] | type[float], text: str) -> float:
+def above_zero(kind: type[int] | type[float], text: str) -> float:
     """A number for argparse, which makes a usage error of what is raised."""
     try:
         value = kind(text)
@@ -368,7 +367,7 @@ def _above_zero(kind: type[int] | type[float], text: str) -> float:
 
 def main() -> None:
     """Run from the command line."""
-    count, positive = partial(_above_zero, int), partial(_above_zero, float)
+    count, positive = partial(above_zero, int), partial(above_zero, float)
     options = argparse.ArgumentParser(description="The studies under benchmarks/results/search.")
     options.add_argument("verb", choices=("plan", "run", "collect"))
     options.add_argument("--folder", type=Path, default=RESULTS, help="where lists, packed trainings and results are")

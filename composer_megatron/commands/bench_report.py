@@ -67,7 +67,7 @@ def measured(found: Results) -> Measured:
     from composer_megatron.kv import keeping
     from composer_search.report.benchmarks import Measured
 
-    training = [{**row, "gpu": row["source"].gpu} for row in found.training]
+    training = [{**row, "gpu": row["source"].gpu, "file": row["source"].file} for row in found.training]
     pairs = dict.fromkeys((row["gpu"], row["shape"], row["backend"], row["model"]) for row in training)
     curves = {
         f"{shape} {model}, {backend}, {gpu}": ratios(found.training, gpu, shape, backend, model)

@@ -80,8 +80,9 @@ def _show(pieces: Iterable[Piece], prompts: tuple[str, ...]) -> list[str]:
     texts, shown = [""] * len(prompts), [0] * len(prompts)
     ended = [False] * len(prompts)
     current = 0
-    _print(prompts[0], style="bold")
-    for piece in pieces:
+    for count, piece in enumerate(pieces):
+        if count == 0:  # not before there is a piece: a prompt that is refused is not printed above its error
+            _print(prompts[0], style="bold")
         texts[piece.number] += piece.text
         ended[piece.number] = piece.ending is not None
         while current < len(prompts):

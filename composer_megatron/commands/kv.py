@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import cast
 
 from rich.table import Table
@@ -15,10 +17,13 @@ from composer_megatron.architecture import Architecture
 from composer_megatron.commands.options import read_architecture
 from composer_megatron.display import console, print_json
 from composer_megatron.errors import ComposerError, UsageError
+from composer_megatron.files import write_json
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import load_shape
 
 _GIGABYTE = 10**9
+
+Trials = list[dict[str, object]]
 
 
 def kv(
@@ -29,6 +34,7 @@ def kv(
     memory: tuple[int, ...] = (80, 141),
     check: bool = False,
     json: bool = False,
+    output: Path | None = None,
 ) -> None:
     """Bytes that decoding keeps of a token, and how many requests fit on a GPU, beside Llama.
 
@@ -39,13 +45,21 @@ def kv(
         memory: Gigabytes (10^9 bytes) of a GPU: 80 for an H100, 141 for an H200.
         check: Allocate and run the batches that are said to fit on this machine's GPU; exit status 1 if one does not.
         json: Print one JSON object for programs instead of text.
+        output: Write that object there as well; with --check after every batch, to keep what a run cut short found.
     """
     wanted = models(sequences, shapes)
     memories = [gigabytes * _GIGABYTE for gigabytes in memory]
     rows = [counting.keeping(name, architecture, contexts, memories) for name, architecture in wanted]
-    trials = _check(wanted, rows, memories) if check else []
+    facts = {**_measured_here(check), "rows": [asdict(row) for row in rows]}
+
+    def keep(trials: Trials) -> None:
+        if output is not None:
+            write_json(output, {**facts, "trials": trials})
+
+    trials = _check(wanted, rows, memories, keep) if check else []
+    keep(trials)
     if json:
-        print_json({**_measured_here(check), "rows": [asdict(row) for row in rows], "trials": trials})
+        print_json({**facts, "trials": trials})
     else:
         _show(rows, contexts, memory)
     failed = [trial for trial in trials if not trial["holds"]]
@@ -121,9 +135,12 @@ def _show_batches(rows: list[counting.Keeping], contexts: tuple[int, ...], gigab
 
 
 def _check(
-    models: list[tuple[str, Architecture]], rows: list[counting.Keeping], memories: list[int]
-) -> list[dict[str, object]]:
-    """Try every batch for memories that this GPU has; what was found, said on standard error as it comes."""
+    models: list[tuple[str, Architecture]],
+    rows: list[counting.Keeping],
+    memories: list[int],
+    keep: Callable[[Trials], None],
+) -> Trials:
+    """Try every batch for memories that this GPU has; what was found is said on standard error and kept as it comes."""
     import torch
 
     from composer_megatron.inference.fit import try_batch, weights_for
@@ -132,7 +149,7 @@ def _check(
     if not torch.cuda.is_available():
         raise UsageError("--check runs on a CUDA GPU, and there is none; leave it out")
     here = torch.cuda.get_device_properties(0).total_memory
-    trials: list[dict[str, object]] = []
+    trials: Trials = []
     for (name, architecture), row in zip(models, rows, strict=True):
         weights = weights_for(architecture)
         cases = [
@@ -153,5 +170,6 @@ def _check(
             print(said, file=sys.stderr, flush=True)
             facts = {"shape": row.shape, "model": name, "memory": memory, "holds": holds, "said": said}
             trials.append(facts | asdict(trial))
+            keep(trials)
         del weights
     return trials

@@ -102,6 +102,7 @@ def search(
 
     from composer_search.evaluators import GPU_PRESETS
     from composer_search.live import live_view
+    from composer_search.objectives import goal_front
     from composer_search.strategies import SearchSettings, progress_bar
     from composer_search.strategies import search as run_search
     from composer_search.workers import default_workers
@@ -158,6 +159,9 @@ def search(
     else:
         value = f", value {best.objective['value']:.4f}" if "value" in best.objective else ""
         console.print(f"best of {len(found.completed)}: {best.sequence} with {best.score:.4f}{value}; all in {study}")
+        if front := goal_front(found.trials):
+            names = ", ".join(str(trial.sequence) for trial in front)
+            console.print(f"the best by its first goal; on the Pareto front of all goals: {names}", soft_wrap=True)
 
 
 def _check_kept(trainings: Path | None, at_once: int | None) -> None:

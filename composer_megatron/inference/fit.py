@@ -11,7 +11,7 @@ from composer_megatron.architecture import Architecture
 from composer_megatron.errors import ComposerError
 from composer_megatron.inference.cache import make_cache
 from composer_megatron.inference.engine import Admission, Engine
-from composer_megatron.inference.limits import SPARE
+from composer_megatron.inference.limits import PREFILL_TOKENS, SPARE
 from composer_megatron.inference.sampling import GREEDY
 from composer_megatron.inference.weights import Weights, random_weights
 from composer_megatron.kv import CUDA_BYTES
@@ -39,7 +39,7 @@ class Trial:
 
 
 def try_batch(architecture: Architecture, weights: Weights, batch: int, context: int) -> Trial:
-    """Allocate a batch, run one prompt of the whole length, and decode some steps.
+    """Allocate a batch, run as many whole prompts as a pass takes, decode some steps, and do both once more.
 
     Raises:
         ComposerError: If there is no CUDA GPU.
@@ -49,22 +49,43 @@ def try_batch(architecture: Architecture, weights: Weights, batch: int, context:
     used: int | None = None
     held = 0
     formula = batch * architecture.state_bytes(context)
+    _release()
     others = others_bytes()
-    torch.cuda.reset_peak_memory_stats()
     try:
         held = _cache_bytes(weights, batch, context)
-        engine = Engine(weights, batch, context)
-        engine.admit([Admission(0, [1] * (context - SPARE), GREEDY)])
-        for _ in range(SPARE // 2):
-            engine.step()
-        torch.cuda.synchronize()
-        used = torch.cuda.max_memory_reserved() + min(_outside_bytes(), CUDA_BYTES)
-        del engine
+        _release()  # else copies are cut out of what the cache has left, and the next cache needs more
+        torch.cuda.reset_peak_memory_stats()
+        used = _decode(weights, batch, context)
     except torch.OutOfMemoryError:
         used = None
-    gc.collect()
-    torch.cuda.empty_cache()
+    _release()
     return Trial(batch, context, held, formula, used, max(others, others_bytes()))
+
+
+def _decode(weights: Weights, batch: int, context: int) -> int:
+    """Run prompts of a whole pass, steps, and the prompts again beside the captured step; bytes used at the peak."""
+    copies = [torch.empty_like(block.first) for block in weights.blocks if block.attends]  # which a run's weights have
+    engine = Engine(weights, batch, context)
+    together = max(1, min(batch, PREFILL_TOKENS // context))
+    admissions = [Admission(row, [1] * (context - SPARE), GREEDY) for row in range(together)]
+    for _ in range(2):
+        engine.admit(admissions)
+        for _ in range(SPARE // 4):
+            engine.step()
+    torch.cuda.synchronize()
+    used = torch.cuda.max_memory_reserved() + min(_outside_bytes(), CUDA_BYTES)
+    del copies
+    return used
+
+
+def _release() -> None:
+    """Give back what is not in use, of trials and models before as well: the peak would count it.
+
+    cuBLAS keeps a workspace of 32 MiB for every stream that it ever ran on, those of earlier captures among them.
+    """
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
 
 
 def others_bytes() -> int:
@@ -80,6 +101,7 @@ def _outside_bytes() -> int:
 
 def weights_for(architecture: Architecture) -> Weights:
     """Random weights in bf16 on the GPU."""
+    _release()
     return random_weights(architecture, torch.bfloat16, torch.device("cuda"))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -83,6 +84,11 @@ class Halving:
     def going_on(self, number: int) -> int:
         """How many of `number` sequences go on to the next rung at most."""
         return min(number, math.ceil(number / self.eta) + self.audit)
+
+    @property
+    def least(self) -> int:
+        """The fewest sequences of which any is dropped."""
+        return next(number for number in itertools.count(1) if self.going_on(number) < number)
 
     def cost(self, number: int) -> float:
         """Whole trainings that halving `number` sequences costs at most, by training steps."""

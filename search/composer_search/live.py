@@ -16,7 +16,8 @@ from rich.text import Text
 
 from composer_megatron.errors import FileError
 from composer_search.effort import Effort, effort
-from composer_search.study import Study, Trial
+from composer_search.lines import trial_line
+from composer_search.study import Study
 
 if TYPE_CHECKING:
     from composer_search.proposers import Proposal
@@ -120,7 +121,7 @@ def _watch_lines(path: Path, console: Console, seconds: float, sleep: Callable[[
     while True:
         done = effort(study)
         for trial in done.trials[told:]:
-            console.print(_line(trial), markup=False)
+            console.print(trial_line(trial), markup=False)
         told = len(done.trials)
         if done.left == 0:
             return study
@@ -194,13 +195,6 @@ def _tiles(letters: str) -> Text:
     for letter in letters:
         text.append(letter, style=_TILES.get(letter, "reverse"))
     return text
-
-
-def _line(trial: Trial) -> str:
-    start = f"trial {trial.trial:>3}  {trial.sequence!s:<12}  "
-    if trial.score is None:
-        return f"{start}failed: {trial.error}"
-    return f"{start}{trial.score:.3f} ± {trial.spread:.3f}  {trial.proposer:<10} {trial.seconds:6.1f} s"
 
 
 def _silence(done: Effort) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from composer_megatron.errors import ComposerError
+from composer_megatron.errors import ComposerError, FileError
 from composer_search.constraints import Criteria
 from composer_search.evaluation import Evaluator
 from composer_search.proposers import Proposal, Proposer, propose_batch
@@ -40,17 +40,23 @@ def run_trials(
         progress: Called when a trial starts or ends.
 
     Raises:
-        FileError: If a trial cannot be recorded; those before it are safe.
+        FileError: If a trial cannot be recorded, or a file of the evaluator is corrupt or cannot be written; the trials
+            before it are safe, and it runs again when the search goes on.
         ComposerError: If trials fail and none was ever completed.
     """
     before, failures = len(study.trials), 0
     with open_pool(evaluator, workers, executor) as pool:
         while _start_trials(study, proposer, pool, progress) or pool.running:
-            for proposal, outcome in pool.wait():
+            ended = pool.wait()
+            for proposal, outcome in ended:
+                if outcome.file_error:
+                    continue
                 study.record(_trial(proposal, outcome, study.settings.criteria))
                 failures += not study.trials[-1].completed
                 if progress is not None:
                     progress(study, pool.running)
+            for broken in (outcome.error for _, outcome in ended if outcome.file_error):
+                raise FileError(broken or "a file of the evaluator cannot be used")
             if failures >= _HOPELESS and not study.completed:
                 error = study.trials[-1].error
                 raise ComposerError(f"{failures} trials failed and none was completed; the last one: {error}")

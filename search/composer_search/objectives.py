@@ -231,13 +231,25 @@ def pareto_front(trials: Sequence[Trial], metrics: Sequence[str]) -> list[Trial]
         )
 
     exact = set(metrics) - {ACCURACY}
-    places = {trial.trial: place(trial) for trial in trials if trial.completed and exact <= set(trial.objective)}
+    return _unbeaten([(trial, place(trial)) for trial in trials if trial.completed and exact <= set(trial.objective)])
+
+
+def goal_front(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that no other beats in the goals of the search's own objective; none where it has but one."""
+
+    def goals(trial: Trial) -> tuple[float, ...]:
+        return tuple(worth for name, worth in trial.objective.items() if name.startswith("goal_"))
+
+    return _unbeaten([(trial, goals(trial)) for trial in trials if trial.completed and goals(trial)])
+
+
+def _unbeaten(places: Sequence[tuple[Trial, tuple[float, ...]]]) -> list[Trial]:
+    """The trials whose place no other's reaches or passes in everything, equal places apart; by their numbers."""
 
     def beaten(mine: tuple[float, ...]) -> bool:
         return any(
             other != mine and all(theirs >= ours for theirs, ours in zip(other, mine, strict=True))
-            for other in places.values()
+            for _, other in places
         )
 
-    front = [trial for trial in trials if trial.trial in places and not beaten(places[trial.trial])]
-    return sorted(front, key=lambda trial: trial.trial)
+    return sorted((trial for trial, mine in places if not beaten(mine)), key=lambda trial: trial.trial)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from composer_megatron.sequence import CompositeSequence
 from composer_search.evaluation import Evaluator, runs_on_gpu
 from composer_search.proposers import Proposal
 from composer_search.workers import Outcome, Pool, evaluate_batch
+
+log = logging.getLogger(__name__)
 
 _TRIES = 3
 """Workers that a trial may lose before it counts as failed: a machine may go away, but some trials kill workers."""
@@ -108,6 +111,10 @@ class _RayPool:
         if len(task.batch) == 1 and task.lost + 1 >= _TRIES:
             reason = f"lost {_TRIES} Ray workers, the last by {type(error).__name__}: {str(error).splitlines()[0]}"
             return [(task.batch[0], Outcome(time.perf_counter() - task.started, error=reason))]
+        names = ", ".join(str(proposal.sequence) for proposal in task.batch)
+        log.warning(
+            "a Ray worker was lost (%s); these trials run again, each by itself: %s", type(error).__name__, names
+        )
         for proposal in task.batch:
             self._start([proposal], lost=task.lost + 1 if len(task.batch) == 1 else 0)
         return []

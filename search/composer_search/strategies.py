@@ -17,13 +17,14 @@ from composer_search.effort import effort
 from composer_search.evaluation import Evaluator, MatchableEvaluator, ScalableEvaluator
 from composer_search.extrapolate import Match, Method
 from composer_search.incremental import search_steps
+from composer_search.lines import trial_line
 from composer_search.loop import Progress, run_trials
 from composer_search.objectives import ACCURACY, Objective, Target
 from composer_search.proposers import Proposal, make_proposer
 from composer_search.region import Region
 from composer_search.space import Space
 from composer_search.speed import Measured
-from composer_search.study import Study, StudySettings, Trial
+from composer_search.study import Study, StudySettings
 from composer_search.workers import Executor
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ def _named_evaluator(
     if ledger is None and settings.evaluator in PRESETS:
         ledger = study_path / "trainings.jsonl"
     seeds = {"seed": settings.seed} | ({} if settings.seeds is None else {"seeds": settings.seeds})
-    return make_evaluator(
+    evaluator = make_evaluator(
         settings.evaluator,
         text=settings.text,
         shape=settings.shape,
@@ -223,6 +224,21 @@ def _named_evaluator(
         at_once=at_once,
         **{**settings.overrides, **seeds},
     )
+    if settings.halving > 1:
+        _check_halving(settings)
+    return evaluator
+
+
+def _check_halving(settings: SearchSettings) -> None:
+    """Refuse batches of which every sequence would go on: each would be trained in full, and nothing saved."""
+    from composer_search.fidelity import Halving
+
+    halving = Halving(rungs=settings.halving)
+    if settings.batch < (least := halving.least):
+        raise UsageError(
+            f"halving={settings.halving} drops no candidate where batch={settings.batch}; "
+            f"give batches of at least {least}, better {halving.eta**settings.halving}"
+        )
 
 
 def _fitting(evaluator: Evaluator, settings: SearchSettings, length: int) -> Evaluator:
@@ -269,7 +285,8 @@ def progress_bar(console: Console | None = None) -> Iterator[Progress]:
 
         def show(study: Study, running: Sequence[Proposal]) -> None:
             for trial in study.trials[shown.get(study.path, len(study.trials)) :]:
-                bar.console.print(_line(trial, study), markup=False)
+                mark = "  best so far" if trial is study.best else ""
+                bar.console.print(trial_line(trial) + mark, markup=False)
             shown[study.path] = len(study.trials)
             done = effort(study)
             names = ", ".join(str(proposal.sequence) for proposal in running)
@@ -277,12 +294,3 @@ def progress_bar(console: Console | None = None) -> Iterator[Progress]:
             bar.update(task, completed=count, total=count + done.left, now=f"running {names}" if names else "")
 
         yield show
-
-
-def _line(trial: Trial, study: Study) -> str:
-    """A finished trial on one line."""
-    start = f"trial {trial.trial:>3}  {trial.sequence!s:<12}  "
-    if trial.score is None:
-        return f"{start}failed: {trial.error}"
-    mark = "  best so far" if trial is study.best else ""
-    return f"{start}{trial.score:.3f} ± {trial.spread:.3f}  {trial.proposer:<10} {trial.seconds:6.1f} s{mark}"

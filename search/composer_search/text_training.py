@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from composer_search.candidate import Candidate
 from composer_search.population.feed import Row
+from composer_search.population.memory import judged_at_once
 from composer_search.population.operations import fits_kernels
 from composer_search.population.plan import chunks, rows_at_once
 from composer_search.population.population import Population
-from composer_search.population.replay import cuda_graph
-from composer_search.trainer import Split, TrainSettings, build, choose_device, computing, evaluate, matmul_precision
+from composer_search.population.train import recorder
+from composer_search.trainer import TrainSettings, choose_device, matmul_precision
 
 _LOGITS = 1 << 24
-"""Logits that are computed at once when a model is judged: 64 MiB of them in float32."""
+"""Logits of a row that are computed at once when it is judged: 64 MiB of them in float32."""
+
+Looked = Callable[[int, Mapping[int, float]], None]
+"""Given the steps done and the validation loss of each row of a chunk, by its place in `rows`, at each evaluation."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,16 @@ class LossResult:
     curve: tuple[tuple[int, float], ...]
 
 
-def train_for_loss(rows: Sequence[Row], settings: TrainSettings) -> list[LossResult]:
+def train_for_loss(rows: Sequence[Row], settings: TrainSettings, *, looked: Looked | None = None) -> list[LossResult]:
     """Train rows on the same data, as many at once as are worth it and fit; a result for each, in their order.
 
     Unlike an accuracy that may be solved or stuck, a loss is compared at equal budgets: every row trains for all steps
     and is judged by its last weights, at the end of its schedule. On a CPU the results repeat bit for bit.
+
+    Args:
+        rows: Sequences, rates and seeds.
+        settings: What they share.
+        looked: Called after each evaluation, to keep what an interruption would lose.
 
     Raises:
         UsageError: If there is no such device.
@@ -53,31 +62,36 @@ def train_for_loss(rows: Sequence[Row], settings: TrainSettings) -> list[LossRes
     results: dict[int, LossResult] = {}
     for span in chunks(len(rows), rows_at_once(rows, settings, device)):
         places = [order[place] for place in span]
-        results |= zip(places, _train([rows[place] for place in places], settings, device), strict=True)
+        results |= _train(rows, places, settings, device, looked)
     return [results[place] for place in range(len(rows))]
 
 
-def _train(rows: Sequence[Row], settings: TrainSettings, device: torch.device) -> list[LossResult]:
-    capture = cuda_graph if device.type == "cuda" else None
+def _train(
+    rows: Sequence[Row], places: Sequence[int], settings: TrainSettings, device: torch.device, looked: Looked | None
+) -> dict[int, LossResult]:
+    """The results of the rows at these places, trained together."""
+    here = [rows[place] for place in places]
+    curves: dict[int, list[tuple[int, float]]] = {place: [] for place in places}
     with matmul_precision(settings.precision):
-        population = Population(rows, settings, device, capture, fits_kernels(device, settings))
-        models = [build(row.sequence, row.data, settings, row.seed).to(device) for row in rows]
-        curves: list[list[tuple[int, float]]] = [[] for _ in rows]
+        population = Population(here, settings, device, recorder(device), fits_kernels(device, settings))
         while population.step < settings.steps:
             population.advance(min(settings.steps, population.step + settings.evaluate_every))
-            for place, (model, row) in enumerate(zip(models, rows, strict=True)):
-                model.load_state_dict(population.state(place))
-                curves[place].append((population.step, _loss(model, row.data.validation, settings, device)))
-        tests = [_loss(model, row.data.test, settings, device) for model, row in zip(models, rows, strict=True)]
-    return [
-        LossResult(curve[-1][1], test, row.learning_rate, tuple(curve))
-        for row, curve, test in zip(rows, curves, tests, strict=True)
-    ]
+            judged = _judge(population, "validation", places)
+            for place, nats in judged.items():
+                curves[place].append((population.step, nats))
+            if looked:
+                looked(population.step, judged)
+        tests = _judge(population, "test", places)
+    return {
+        place: LossResult(curve[-1][1], tests[place], rows[place].learning_rate, tuple(curve))
+        for place, curve in curves.items()
+    }
 
 
-def _loss(model: Candidate, split: Split, settings: TrainSettings, device: torch.device) -> float:
-    inputs, targets = (torch.from_numpy(part).to(device) for part in split)
-    logits = inputs.shape[1] * model.unembedding.out_features
-    with computing(settings.precision, device):
-        _, nats = evaluate(model, (inputs, targets), chunk=max(1, _LOGITS // logits))
-    return nats if math.isfinite(nats) else math.inf
+def _judge(population: Population, part: Literal["validation", "test"], places: Sequence[int]) -> dict[int, float]:
+    """The loss of each row by its place; infinite where it is no number."""
+    data = population.rows[0].data
+    logits = getattr(data, part)[0].shape[1] * data.vocab_size
+    at_once = max(1, min(judged_at_once(population.settings), _LOGITS // logits))
+    losses = population.losses(part, at_once)
+    return {places[row]: nats if math.isfinite(nats) else math.inf for row, nats in losses.items()}

@@ -1,9 +1,9 @@
 """Where trials run: in worker processes, or in this one.
 
-A worker takes a batch of trials at a time. One that dies costs its trial and nothing else: of a batch, the trials that
-had not ended start again, each by itself, so that the one which kills its worker is found out. Workers end when their
-parent does, in whatever way it ends, since each watches for that; and only the parent heeds Ctrl-C. This module imports
-neither torch nor an evaluator, so that a worker is up at once.
+A worker takes a batch of trials at a time. When one dies, the trials of its batch that had not ended start again, each
+by itself, so that the one which kills its worker is found out: a trial that loses its second worker has failed. Workers
+end when their parent does, in whatever way it ends, since each watches for that; and only the parent heeds Ctrl-C. This
+module imports neither torch nor an evaluator, so that a worker is up at once.
 
 Where candidates are trained on a GPU and there are several, the workers share them out, one after the other.
 """
@@ -18,13 +18,13 @@ import os
 import signal
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Literal, Protocol
 
-from composer_megatron.errors import ComposerError
+from composer_megatron.errors import ComposerError, FileError
 from composer_megatron.sequence import CompositeSequence
 from composer_search.evaluation import BatchEvaluator, Evaluation, Evaluator, runs_on_gpu
 from composer_search.proposers import Proposal
@@ -35,14 +35,22 @@ log = logging.getLogger(__name__)
 
 _READY = "ready"
 
+_TRIES = 2
+"""Workers that a trial may lose before it counts as failed: one may die by chance, but some trials kill theirs."""
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended: with an evaluation or with an error, and after how many seconds."""
+    """How a trial ended: with an evaluation or with an error, and after how many seconds.
+
+    An error of a file, such as a log on a full disk, is not the trial's (`file_error`): it ends the search, and the
+    trial runs again when that goes on.
+    """
 
     seconds: float
     evaluation: Evaluation | None = None
     error: str | None = None
+    file_error: bool = False
 
 
 class Pool(Protocol):
@@ -131,6 +139,7 @@ class _Processes:
         self._idle: list[_Worker] = []
         self._busy: dict[_Worker, list[Proposal]] = {}
         self._again: deque[Proposal] = deque()
+        self._lost: Counter[int] = Counter()
 
     @property
     def running(self) -> list[Proposal]:
@@ -160,15 +169,25 @@ class _Processes:
             if outcome is None:
                 continue
             batch = self._busy[worker]
-            if worker.alive or len(batch) == 1:
+            if worker.alive:
                 ended.append((batch.pop(0), outcome))
             else:
-                self._again.extend(batch)
+                ended += self._repeat(batch, outcome)
             if worker.alive and not batch:
                 self._idle.append(worker)
             if not worker.alive or not batch:
                 del self._busy[worker]
         return ended
+
+    def _repeat(self, batch: Sequence[Proposal], outcome: Outcome) -> list[tuple[Proposal, Outcome]]:
+        """Line up the trials whose worker has died; with its outcome the one that has lost too many."""
+        self._lost.update(proposal.trial for proposal in batch)
+        again = [proposal for proposal in batch if self._lost[proposal.trial] < _TRIES]
+        if again:
+            names = ", ".join(str(proposal.sequence) for proposal in again)
+            log.warning("%s; these trials run again, each by itself: %s", outcome.error, names)
+        self._again.extend(again)
+        return [(proposal, outcome) for proposal in batch if proposal not in again]
 
     def kill(self) -> None:
         for worker in [*self._idle, *self._busy]:
@@ -284,6 +303,9 @@ def evaluate_batch(evaluator: Evaluator, sequences: Sequence[CompositeSequence])
         evaluations: list[Evaluation] = []
         try:
             evaluations = evaluator.evaluate_many(sequences)
+        except FileError as error:
+            yield from (Outcome(0.0, error=str(error), file_error=True) for _ in sequences)
+            return
         except Exception as error:  # one by one below it shows which of them cannot be evaluated, and why
             reason = f"{type(error).__name__}: {error}"
             log.warning("%d sequences could not be evaluated together, now each alone: %s", len(sequences), reason)
@@ -302,5 +324,6 @@ def _evaluate(evaluator: Evaluator, sequence: CompositeSequence) -> Outcome:
         evaluation = evaluator.evaluate(sequence)
     except Exception as error:  # a candidate that cannot be evaluated must not end the search
         kind = "" if isinstance(error, ComposerError) else f"{type(error).__name__}: "
-        return Outcome(time.perf_counter() - start, error=f"{kind}{error}")
+        broken = isinstance(error, FileError)
+        return Outcome(time.perf_counter() - start, error=f"{kind}{error}", file_error=broken)
     return Outcome(time.perf_counter() - start, evaluation)

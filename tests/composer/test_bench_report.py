@@ -87,6 +87,27 @@ def test_every_file_is_read_as_what_it_is(folder: Path) -> None:
     assert curve == [(4096, pytest.approx(1.1)), (8192, pytest.approx(1.2))]
 
 
+def test_rows_that_were_measured_in_several_runs_are_told_apart_by_their_file(folder: Path) -> None:
+    """A bar names its file where another bar has the same model, backend and length; the table always does."""
+
+    def bars(page: str) -> list[str]:
+        return re.findall(r'class="bar-head"><span>(1b [^<]*)</span>', page)
+
+    once = bars(build_page(measured(read_results(folder))))
+    assert "1b llama, compile, 4,096 tokens" in once and not any(".json" in name for name in once)
+    file = folder / "nvidia-h100/training-1b.json"
+    again = json.loads(file.read_text())
+    again["rows"] = [training_row("llama", "compile", 4096, 59_500.0)]
+    (folder / "nvidia-h100/training-again.json").write_text(json.dumps(again))
+    page = build_page(measured(read_results(folder)))
+    twice = [name for name in bars(page) if "compile" in name]
+    files = ("nvidia-h100/training-1b.json", "nvidia-h100/training-again.json")
+    assert sorted(twice) == [f"1b llama, compile, 4,096 tokens, {name}" for name in files]
+    assert sorted(bars(page)) == sorted(twice + [name for name in once if "compile" not in name])
+    section = page.split("Training throughput</caption>")[1].split("</table>")[0]
+    assert section.count(files[0]) == 6 and section.count(files[1]) == 1
+
+
 def test_results_of_a_pair_are_still_read() -> None:
     found = read_results(ROOT / "benchmarks/results")
     old = [row for row in found.training if row["backend"] == "PyTorch modules"]
@@ -211,6 +232,25 @@ def test_batches_that_were_allocated_are_shown(folder: Path) -> None:
     assert [line[:2] + line[3:] for line in lines] == [
         ["1b", "llama", "32,768", "68", "80", "79.0", "73,014,444,032", "73,014,444,032", "yes"],
         ["1b", "stacked", "32,768", "68", "80", "out", "of", "memory", "73,014,444,032", "73,014,444,032", "no"],
+    ]
+
+
+def test_batches_of_two_gpus_stand_in_one_table(folder: Path) -> None:
+    """Each with its GPU and the memory that it was to fit in, and no figure of the headline the worse for it."""
+    before = headline(read_results(folder))
+    for gpu, memory in (("NVIDIA H100", 80), ("NVIDIA H200", 141)):
+        file = folder / gpu.lower().replace(" ", "-") / "kv.json"
+        file.parent.mkdir(exist_ok=True)
+        rows = [trial("llama", (memory - 1) * 10**9) | {"memory": memory * 10**9}]
+        file.write_text(json.dumps({"trials": rows, "environment": PACKAGES | {"gpus": [{"name": gpu}]}}))
+    found = read_results(folder)
+    assert headline(found) == before
+    page = build_page(measured(found))
+    body = page.split("Batches that were allocated and decoded</caption>")[1].split("</table>")[0].split("<tbody>")[1]
+    lines = [re.sub(r"<[^>]+>", " ", line).split() for line in body.split("</tr>")][:2]
+    assert [(line[3], *line[6:8], line[-1]) for line in lines] == [
+        ("H100", "80", "79.0", "yes"),
+        ("H200", "141", "140.0", "yes"),
     ]
 
 

@@ -52,6 +52,12 @@ def test_pieces_are_shown_in_the_prompts_order(capsys):
     assert lines == ["1:aA", "2:bB", "3:cC"]
 
 
+def test_a_prompt_that_is_refused_is_not_shown(capsys, folder):
+    status, out, err = run(capsys, str(folder), "--prompt", "7 " * 200, "--max-new-tokens", "2")
+    assert status == 2 and "shorten the prompt" in err
+    assert not out.strip()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,6 +1,8 @@
 """What decoding keeps: the counts are those of the cache that is allocated, and the paper's ratios come out."""
 
+import contextlib
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,12 +10,17 @@ import torch
 
 from composer_megatron import cli
 from composer_megatron.architecture import Architecture
+from composer_megatron.commands.kv import models
 from composer_megatron.errors import UsageError
 from composer_megatron.inference.cache import cache_bytes, make_cache
+from composer_megatron.inference.limits import PREFILL_TOKENS
 from composer_megatron.inference.weights import Block, Weights
 from composer_megatron.kv import fitting_batch, fixed_bytes, keeping, mean_ratio, request_bytes
 from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import PRESETS
+from tests.composer.caching_allocator import WORKSPACE, peak
+
+ROOT = Path(__file__).parents[2]
 
 
 def of(text: str, shape: str = "1b") -> Architecture:
@@ -55,9 +62,58 @@ def test_the_papers_ratios():
 def test_a_batch_fits_and_one_more_does_not(text, context):
     architecture, memory = of(text), 80 * 10**9
     batch = fitting_batch(architecture, context, memory)
-    needed = fixed_bytes(architecture) + batch * request_bytes(architecture, context)
+    needed = fixed_bytes(architecture, context) + batch * request_bytes(architecture, context)
     assert needed <= memory < needed + request_bytes(architecture, context)
-    assert batch * architecture.state_bytes(context) > 0.75 * (memory - fixed_bytes(architecture))  # mostly cache
+    assert batch * architecture.state_bytes(context) > 0.75 * (
+        memory - fixed_bytes(architecture, context)
+    )  # mostly cache
+
+
+CUDA = 801_964_032
+"""Bytes that CUDA held beside PyTorch's allocator on an H100 and an H200 (driver 580, PyTorch 2.11.0)."""
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch", "context", "workspaces", "used"),
+    [
+        ("1b", 1088, 2048, 0, 77_213_794_304),
+        ("1b", 68, 32_768, 1, 79_002_664_960),
+        ("350m", 1283, 2048, 0, 78_188_969_984),
+        ("350m", 80, 32_768, 1, 78_795_046_912),
+        ("1b", 1989, 2048, 0, 138_234_626_048),
+        ("1b", 125, 32_768, 1, 140_237_406_208),
+    ],
+)
+def test_the_allocators_model_is_what_was_measured(shape, batch, context, workspaces, used):
+    """To the byte: the first two batches of processes on an H100 and an H200, the second beside the first's workspace.
+
+    They ran one prompt, with weights that nothing was copied of.
+    """
+    expected = peak(of("2M", shape).baseline(), batch, context, 1, copies=False) + CUDA + workspaces * WORKSPACE
+    assert used == expected
+
+
+def test_the_allocators_model_is_what_whole_batches_took():
+    """24 batches of `kv --check`, one after the other; a trial leaves up to two workspaces of cuBLAS to the next."""
+    file = ROOT / "benchmarks/results/nvidia-h200/kv-80.json"
+    architectures = {(row.shape.name, name): row for name, row in models((), ("350m", "1b", "3b", "8b"))}
+    trials = json.loads(file.read_text())["trials"]
+    assert len(trials) == 24
+    for trial in trials:
+        architecture, context = architectures[trial["shape"], trial["model"]], trial["context"]
+        prompts = max(1, min(trial["batch"], PREFILL_TOKENS // context))
+        expected = peak(architecture, trial["batch"], context, prompts, copies=True) + CUDA
+        assert abs(trial["used"] - expected) <= 2 * WORKSPACE + 5 * 10**6, trial["said"]
+
+
+@pytest.mark.parametrize("memory", [80 * 10**9, 141 * 10**9])
+@pytest.mark.parametrize("context", [512, 2048, 8192, 32_768, 131_072])
+def test_what_the_allocator_takes_fits(memory, context):
+    """Of every preset and model; with a whole pass of prompts, and a run's copies."""
+    for _, architecture in models((), ("350m", "1b", "3b", "8b")):
+        batch = fitting_batch(architecture, context, memory)
+        prompts = max(1, min(batch, PREFILL_TOKENS // context))
+        assert peak(architecture, batch, context, prompts, copies=True) + CUDA <= memory, architecture.shape.name
 
 
 def test_weights_that_do_not_fit_leave_no_room():
@@ -146,6 +202,25 @@ def test_a_check_says_what_was_tried(capsys, monkeypatch, used, others, status):
     if others and status:
         assert "other processes hold 30.0 GB and leave 55.0" in err
         assert "other processes held up to 30.0 GB of this GPU, try without them" in err
+
+
+def test_a_check_cut_short_keeps_its_trials(tmp_path, capsys, monkeypatch):
+    from composer_megatron.inference import fit
+
+    def try_batch(architecture, weights, batch, context):
+        if (tmp_path / "found.json").exists():
+            raise KeyboardInterrupt
+        return fit.Trial(batch, context, 7, 7, 10**9, 0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=85 * 10**9))
+    monkeypatch.setattr(fit, "weights_for", lambda architecture: None)
+    monkeypatch.setattr(fit, "try_batch", try_batch)
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
+        run(capsys, "2A4M", "--shapes", "1b", "--contexts", "512", "--check", "--output", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(trial["model"], trial["used"]) for trial in found["trials"]] == [("llama", 10**9)]
+    assert found["date"]
 
 
 @pytest.mark.gpu

@@ -63,6 +63,7 @@ def test_the_best_go_on_and_the_cost_is_as_announced(sequences, rungs, eta, audi
     halving = Halving(rungs=rungs, eta=eta, audit=audit)
     found = HalvingEvaluator(table, halving).evaluate_many(sequences)
     spent = sum(share * len(letters) for share, letters in table.calls)
+    assert (len(table.calls) == 1) == (len(sequences) < halving.least)  # too few to drop any: all in full
     assert spent <= halving.cost(len(sequences)) + 1e-9
     assert audit or spent == pytest.approx(halving.cost(len(sequences)))
     best = max(sequences, key=SPACE.index)

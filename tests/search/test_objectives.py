@@ -18,7 +18,7 @@ from composer_megatron.sequence import CompositeSequence
 from composer_megatron.shape import load_shape
 from composer_search.constraints import Criteria
 from composer_search.extrapolate import extrapolate
-from composer_search.objectives import METRICS, Objective, Scalarisation, Target, pareto_front
+from composer_search.objectives import METRICS, Objective, Scalarisation, Target, goal_front, pareto_front
 from composer_search.speed import Measured
 from composer_search.study import Trial
 
@@ -198,6 +198,15 @@ def test_a_front_leaves_out_failures_and_trials_without_the_metric():
     assert [each.trial for each in pareto_front(trials, ("accuracy", "flops"))] == [1]
     with pytest.raises(UsageError, match="unknown metric 'speed'"):
         pareto_front(trials, ("speed",))
+
+
+def test_the_front_of_the_objectives_own_goals():
+    """Each goal is worth more the higher it is, whatever its metric; a plain or mixed objective has no front."""
+    goals = [(0.5, -1.0), (0.4, -0.5), (0.4, -0.6), (0.5, -1.0), (0.1, 0.0)]
+    trials = [trial(number, first, goal_1=first, goal_2=second) for number, (first, second) in enumerate(goals)]
+    failed = trial(5, None, kv_bytes=0.0)
+    assert [each.trial for each in goal_front([failed, *trials[::-1]])] == [0, 1, 3, 4]
+    assert goal_front([failed, trial(0, 0.5), trial(1, 0.5, value=0.4, kv_bytes=1.0)]) == []
 
 
 def test_criteria_come_back_from_json():

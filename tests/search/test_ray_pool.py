@@ -135,11 +135,13 @@ def check(study):
     assert "\n" not in errors["MMM"]
 
 
-def test_a_lost_worker_repeats_its_trial_alone(ray, tmp_path):
+def test_a_lost_worker_repeats_its_trial_alone(ray, tmp_path, caplog):
     evaluator = Toy()
     study = search(SearchSettings(length=3, budget=8), tmp_path, workers=2, executor="ray", evaluator=evaluator)
     check(study)
     assert evaluator.seen == {"AMM": 2, "MMM": 3} | dict.fromkeys(("AAA", "AAM", "AMA", "MAA", "MAM", "MMA"), 1)
+    repeated = sorted(message.split()[-1] for message in caplog.messages)
+    assert repeated == ["1A2M", "3M", "3M"]
     assert ray.options["max_retries"] == 0  # or Ray would repeat whole batches by itself
     assert not ray.up
 

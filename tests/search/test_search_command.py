@@ -113,3 +113,15 @@ def test_mistakes_are_named(options, status, message, tmp_path, capsys):
         main([*command, *options])
     assert stop.value.code == status and message in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+def test_several_goals_end_with_their_front(tmp_path, capsys):
+    """Of the four sequences of two blocks 2M has the smallest cache, so that it is on every front."""
+    lines = run(tmp_path / "s", "--objective", "accuracy, -kv_bytes", "--override", "steps=2")
+    *shown, best, front = capsys.readouterr().out.splitlines()
+    assert len(shown) == 4 and all("  goals " in line for line in shown)
+    assert "best of 4" in best and "Pareto front of all goals" in front and "2M" in front.split(": ")[1].split(", ")
+    top = max(lines, key=lambda line: line["score"])
+    assert top["sequence"] in front
+    run(tmp_path / "plain", "--override", "steps=2")
+    assert "Pareto" not in capsys.readouterr().out

@@ -22,7 +22,7 @@ TOY = '''
 import os, signal, sys, time
 from pathlib import Path
 
-from composer_megatron.errors import ComposerError
+from composer_megatron.errors import ComposerError, FileError
 from composer_search.evaluation import Evaluation
 from composer_search.strategies import SearchSettings, search
 
@@ -64,6 +64,29 @@ class Together(Toy):
         if set(letters) & set(self.refuses):
             raise MemoryError("too many at once")
         return [Toy.evaluate(Toy(), sequence) for sequence in sequences]
+
+
+class Unlucky(Toy):
+    """Its worker is killed at the first try of a sequence of `dies`, as if by someone else."""
+
+    def evaluate(self, sequence):
+        tried = Path(self.pids) / ("tried." + sequence.letters)
+        if sequence.letters in self.dies and not tried.exists():
+            tried.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Toy.evaluate(Toy(), sequence)
+
+
+class FullDisk(Toy):
+    """Cannot keep what it learned of `dies` while there is a file ``full``; of a batch it can keep nothing."""
+
+    def evaluate(self, sequence):
+        if sequence.letters in self.dies and (Path(self.pids) / "full").exists():
+            raise FileError("cannot append to trainings.jsonl: is the disk full?")
+        return Toy.evaluate(Toy(), sequence)
+
+    def evaluate_many(self, sequences):
+        return [self.evaluate(sequence) for sequence in sequences]
 
 
 class Stillborn(Toy):
@@ -243,6 +266,33 @@ def test_a_worker_that_dies_or_raises_costs_its_trial_alone(toy, tmp_path):
     assert Study.load(tmp_path / "study").trials == study.trials
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_lost_worker_is_told_of_and_its_trials_run_again(batch, toy, tmp_path, caplog):
+    evaluator = toy.Unlucky(pids=tmp_path, dies=("AMA",))
+    settings = SearchSettings(length=3, budget=8, batch=batch)
+    study = search(settings, tmp_path / "study", workers=2, evaluator=evaluator)
+    alone = search(settings, tmp_path / "alone", workers=0, evaluator=toy.Toy())
+    assert sorted(outcomes(study)) == sorted(outcomes(alone)) and len(study.completed) == 8
+    (told,) = caplog.messages
+    assert "was killed by SIGKILL" in told and "run again" in told and "1A1M1A" in told
+
+
+@pytest.mark.parametrize(("workers", "batch"), [(0, 1), (0, 4), (1, 1), (1, 4)])
+def test_an_evaluator_that_cannot_write_ends_the_search_and_fails_no_trial(workers, batch, toy, tmp_path):
+    """A full disk is no property of a sequence: once there is room its trial runs, and the study is whole."""
+    settings = SearchSettings(length=3, budget=8, batch=batch)
+    evaluator = toy.FullDisk(pids=tmp_path, dies=("AMA", "MMA"))
+    (tmp_path / "full").touch()
+    with pytest.raises(FileError, match="is the disk full"):
+        search(settings, tmp_path / "study", workers=workers, evaluator=evaluator)
+    kept = Study.load(tmp_path / "study")
+    assert all(trial.completed for trial in kept.trials) and len(kept.trials) < 8
+    (tmp_path / "full").unlink()
+    study = search(settings, tmp_path / "study", workers=workers, evaluator=evaluator)
+    assert len(study.completed) == 8
+    assert study.trials[: len(kept.trials)] == kept.trials
+
+
 def test_workers_that_cannot_start_are_one_error_and_no_trial(toy, tmp_path):
     with pytest.raises(ComposerError, match="could not start, it ended with exit status 3"):
         search(RANDOM, tmp_path / "study", workers=2, evaluator=toy.Stillborn())
@@ -311,12 +361,12 @@ def test_failures_after_a_success_do_not_stop_it(tmp_path):
         def evaluate(self, sequence):
             self.count += 1
             if self.count > 1:
-                raise FileError("no space for the cache")
+                raise ComposerError("out of luck")
             return Evaluation(score=0.5)
 
     study = search(RANDOM, tmp_path, workers=0, evaluator=Moody())
     assert len(study.trials) == 14
-    assert {trial.error for trial in study.trials if not trial.completed} == {"no space for the cache"}
+    assert {trial.error for trial in study.trials if not trial.completed} == {"out of luck"}
 
 
 def test_mad_is_the_evaluator_unless_another_is_given(tmp_path):
@@ -349,6 +399,7 @@ def test_the_number_of_quasi_random_trials_has_a_default(length, budget, initial
         (SearchSettings(overrides={"stepz": 1}), 0, "'stepz'"),
         (SearchSettings(proposer="exhaustive", length=8), 0, "too small for an exhaustive search"),
         (SearchSettings(batch=0), 0, "batch=0"),
+        (SearchSettings(halving=3, batch=2), 0, "halving=3 drops no candidate where batch=2; .* at least 3, better 27"),
         (SearchSettings(objective="accuracy - kv"), 0, "unknown metric 'kv'"),
         (SearchSettings(constraints=("params <= 0.5x",)), 0, "nearest is"),
         (SearchSettings(constraints=("params <= 1x",), target_shape="1z"), 0, "unknown shape '1z'"),

@@ -179,6 +179,25 @@ def size_agreement(scores: Scores, *, seed: int = 0) -> Agreement:
     return agreement(sizes, Scores(scores.name, scores.sequences, scores.values, scores.seeds), seed=seed)
 
 
+def at_equal_counts(scores: Scores) -> Scores:
+    """The scores less the mean of the sequences that have as many parameters: what the order of their blocks is worth.
+
+    Sequences that are alone with their number are left out.
+    """
+    sizes = parameters(scores.sequences)
+    kept = scores.at(np.flatnonzero((sizes[:, None] == sizes).sum(1) > 1).tolist())
+    sizes = parameters(kept.sequences)
+    alike = sizes[:, None] == sizes
+    centre = np.eye(len(sizes)) - alike / alike.sum(1, keepdims=True)
+    return Scores(
+        name=f"{scores.name}, equal sizes",
+        sequences=kept.sequences,
+        values=centre @ kept.values,
+        seeds=None if kept.seeds is None else centre @ kept.seeds,
+        tasks={f"{task}, equal sizes": centre @ values for task, values in kept.tasks.items()},
+    )
+
+
 def _gain(coefficient: Coefficient, x: Floats, sizes: Floats, y: Floats, seed: int) -> Interval | None:
     """How much better x ranks y than sizes do, over the same resampled candidates."""
     if len(y) < LEAST:

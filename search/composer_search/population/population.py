@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -127,6 +128,23 @@ class Population:
     def release(self) -> None:
         """Give back the memory of the recorded step, if there is one."""
         self._replay.release()
+
+    @torch.no_grad()
+    def losses(self, part: Literal["validation", "test"], at_once: int) -> dict[int, float]:
+        """Mean cross-entropy, in nats, of the present weights on that split, by the rows' number in `rows`.
+
+        Args:
+            part: Of the rows' data.
+            at_once: Sequences of a row in one pass.
+        """
+        present = self._present()
+        sums = torch.zeros(2, len(present), dtype=torch.float64, device=self.device)
+        for inputs, targets in Questions([getattr(row.data, part) for row in present], self.device).batches(at_once):
+            wanted = self._model.answers(targets)
+            nats = self._operations.nats(self._model(inputs), wanted)
+            sums += torch.stack([each.sum(1, dtype=torch.float64) for each in (nats, wanted != IGNORE)])
+        means: list[float] = (sums[0] / sums[1]).tolist()
+        return dict(zip(self._places, means, strict=True))
 
     def state(self, row: int) -> dict[str, Tensor]:
         """The present weights of a row that has not been grouped away, as its `Candidate` has them."""

@@ -38,8 +38,8 @@ class Measured:
     """What the page shows.
 
     Attributes:
-        training: Rows of the training benchmark, each with the name of its GPU under ``gpu``.
-        inference: Rows of the inference benchmark, likewise.
+        training: Rows of the training benchmark, each with its GPU's name under ``gpu``, its file's under ``file``.
+        inference: Rows of the inference benchmark, each with its ``gpu``.
         keeping: What decoding keeps of each model, and the requests that fit, as `cache` takes them.
         trials: Batches that were allocated to confirm that, each with its ``gpu``.
         kernels: Rows of ours in each case beside the best peer of the same work: op, case, name, seconds, fraction,
@@ -184,6 +184,7 @@ def _training(measured: Measured) -> Markup | Missing:
         Column("of GEMM", numeric=True, meaning="of the rate of matrix products measured in the same run"),
         Column("Peak GB", numeric=True),
         Column("Note"),
+        Column("File", meaning="rows of one file were measured in one run"),
     ]
     order = sorted(measured.training, key=lambda row: (row["gpu"], row["shape"], row["seq_len"], row["backend"]))
     return tall(table("Training throughput", columns, map(_training_row, order), sortable=True))
@@ -202,7 +203,7 @@ def _training_row(row: Row) -> list[str]:
         cell("peak_bytes", 1, 1e-9),
     )
     first = (f"{row['shape']} {row['model']}", sequence_text(row["sequence"]), row["backend"], row["gpu"])
-    return [*first, integer(row["seq_len"]), *figures, row.get("note") or ""]
+    return [*first, integer(row["seq_len"]), *figures, row.get("note") or "", row["file"]]
 
 
 def _roofline(measured: Measured) -> Markup | Missing:
@@ -210,10 +211,12 @@ def _roofline(measured: Measured) -> Markup | Missing:
     if not rows:
         return Missing("no step was profiled")
     longest = max(_seconds_a_token(row, "breakdown") for row in rows)
+    order = sorted(rows, key=lambda row: (row["gpu"], row["shape"], row["seq_len"], row["model"], row["backend"]))
+    names = [f"{row['shape']} {row['model']}, {row['backend']}, {row['seq_len']:,} tokens" for row in order]
     bars = []
-    for row in sorted(rows, key=lambda row: (row["gpu"], row["shape"], row["seq_len"], row["model"], row["backend"])):
+    for row, start in zip(order, names, strict=True):
         apart = "; left out of comparisons" if row.get("unfair") else ""
-        name = f"{row['shape']} {row['model']}, {row['backend']}, {row['seq_len']:,} tokens{apart}"
+        name = start + (f", {row['file']}" if names.count(start) > 1 else "") + apart
         bars.append(_bar(name, row, "breakdown", longest))
         if row.get("ideal"):
             bars.append(_bar("at the measured ceilings", row, "ideal", longest))
@@ -224,7 +227,8 @@ def _roofline(measured: Measured) -> Markup | Missing:
     words = (
         "Nanoseconds a token, by the kernels' names. Below each measured bar stands what its matrix products, "
         "attention, passes over memory and optimizer would take at the GPU's ceilings, measured in the same run; "
-        "attention's ceilings are assumed shares of the rate of matrix products."
+        "attention's ceilings are assumed shares of the rate of matrix products, and that rate is bf16's, also below "
+        "steps whose products are in 8 bits."
     )
     return element("figure", element("ul", *keys, class_="legend"), *bars, element("figcaption", words))
 
