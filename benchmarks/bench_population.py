@@ -28,6 +28,7 @@ from composer_search.population.kernels.attention import form, tables
 from composer_search.population.kernels.attention_parts import Launch
 from composer_search.population.operations import Fused, Operations, Plain
 from composer_search.population.product import product
+from composer_search.population.stream import Stream
 
 WIDTHS = Widths()
 BATCH = 128
@@ -103,11 +104,20 @@ def both_ways(
     yield f"{name}, backward", moved[1], lambda: torch.autograd.grad(outs, leaves, grads, retain_graph=True)
 
 
+def projections(size: Size, operations: Operations, who: str) -> Iterator[Part]:
+    """The two layers of an A; backward both gradients, by the bytes of one pass."""
+    hidden = WIDTHS.hidden_size
+    for name, after in (("A in", 3 * hidden), ("A out", hidden)):
+        weight = torch.randn(size.rows, after, hidden, device="cuda")
+        moved = 2 * size.tokens * (hidden + after), 2 * size.tokens * (2 * hidden + after)
+        run = functools.partial(operations.linear, gain=None)
+        yield from both_ways(f"{name}, {who}", moved, [size.draw(hidden), weight], run)
+
+
 def products(size: Size) -> Iterator[Part]:
-    """The four layers of an A and an M; backward both gradients."""
+    """The two layers of an M; backward both gradients."""
     hidden, inner = WIDTHS.hidden_size, WIDTHS.ffn_hidden_size
-    layers = {"A in": (hidden, 3 * hidden), "A out": (hidden, hidden), "M in": (hidden, 2 * inner)}
-    for name, (before, after) in (layers | {"M out": (inner, hidden)}).items():
+    for name, (before, after) in {"M in": (hidden, 2 * inner), "M out": (inner, hidden)}.items():
         weight = torch.randn(size.rows, after, before, device="cuda")
         moved = 2 * size.tokens * (before + after)
         yield from both_ways(name, (moved, 2 * moved), [size.draw(before), weight], product)
@@ -119,7 +129,7 @@ def attend(size: Size, operations: Operations, who: str) -> Iterator[Part]:
     turns = rotation(size.length, hidden // heads, torch.device("cuda"))
     inputs = [size.draw(3 * hidden), torch.zeros(size.rows, 3 * hidden, device="cuda")]
     moved = 8 * hidden * size.tokens, 16 * hidden * size.tokens
-    run = functools.partial(operations.attend, turns=turns, heads=heads)
+    run = functools.partial(operations.attend, turns=turns, heads=heads, wanted=size.length)
     yield from both_ways(f"attention, {who}", moved, inputs, run)
 
 
@@ -129,12 +139,14 @@ def stream(size: Size, operations: Operations, who: str) -> Iterator[Part]:
     order = torch.randperm(size.rows, device="cuda")
     moves = order, order.argsort()
     outs = [size.draw(hidden)[:half].clone() for _ in range(2)]
-    inputs = [size.draw(hidden, torch.float32), *outs, torch.zeros(half, hidden, device="cuda")]
-    moved = 12 * hidden * size.tokens, 14 * hidden * size.tokens
+    traced = operations.stream(size.draw(hidden, torch.float32), BF16)
+    inputs = [traced.traced.detach(), *outs, torch.zeros(half, hidden, device="cuda")]
+    moved = 12 * hidden * size.tokens, 8 * hidden * size.tokens
 
     def run(x: Tensor, a: Tensor, m: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        y, parts = operations.residual(x, [a, m], [bias, None], moves, [half, half], BF16)
-        return y, *parts
+        given = Stream.plain(x) if traced.traced is traced.values else Stream(traced.values, x)
+        y, parts = operations.residual(given, [a, m], [bias, None], moves, [half, half], BF16)
+        return y.traced, *parts
 
     yield from both_ways(f"stream, {who}", moved, inputs, run)
 
@@ -162,7 +174,7 @@ def parts(size: Size) -> Iterator[Part]:
     yield from mlp(size, Fused("ieee", whole_mlp=True), "one kernel")
     yield from mlp(size, Fused("ieee", whole_mlp=False), "gate fused")
     for operations, who in ((Fused("ieee"), "fused"), (Plain(), "PyTorch")):
-        for part in (attend, stream, optimizer):
+        for part in (projections, attend, stream, optimizer):
             yield from part(size, operations, who)
     yield from mlp(size, Plain(), "PyTorch")
 

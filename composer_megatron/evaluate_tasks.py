@@ -7,6 +7,7 @@ that they are (``arc_easy_test.jsonl``, ``winogrande_xl_validation.jsonl``); the
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -14,10 +15,14 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import random
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from composer_megatron.env import environment
 from composer_megatron.errors import ComposerError, FileError, UsageError
@@ -25,9 +30,12 @@ from composer_megatron.files import naming, write_json
 
 if TYPE_CHECKING:
     from composer_megatron.checkpoint import LoadedRun
+    from composer_megatron.harness import RunLM
 
 _SPLITS = ("train", "validation", "test")
 _GROUP = "local_files"
+_SEED, _FEWSHOT_SEED = 0, 1234
+"""lm-eval's own."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> TaskScores:
     """Score a run on tasks.
 
@@ -103,6 +112,7 @@ def evaluate_tasks(
         limit: Documents of each task at most; the first ones.
         batch_tokens: As `composer_megatron.harness.RunLM`.
         progress: Called with the requests done and those there are, for each kind of request.
+        report: Called with a line before a step that can take long.
 
     Raises:
         ComposerError: If lm-eval is missing, or a task's data cannot be had.
@@ -115,8 +125,6 @@ def evaluate_tasks(
     if not tasks:
         raise UsageError("no task; name one of lm-eval's, such as arc_easy")
     _require_lm_eval()
-    from lm_eval import simple_evaluate
-
     from composer_megatron.harness import RunLM
 
     model = RunLM(run, batch_tokens=batch_tokens, progress=progress)
@@ -126,16 +134,10 @@ def evaluate_tasks(
     manager = _manager(task_path)
     _check_names(tasks, manager.all_tasks)
     files = {} if data is None else local_files(data, tasks)
-    loaded = _load(manager, tasks, files)
-    found = simple_evaluate(
-        model,
-        tasks=loaded,
-        num_fewshot=fewshot,
-        limit=limit,
-        bootstrap_iters=1000,
-        log_samples=False,
-        task_manager=manager,
-    )
+    asked = [task for task in tasks if task not in files]
+    if asked and report is not None:
+        report(f"asking the hub for task{'s' if len(asked) > 1 else ''} {', '.join(asked)}")
+    found = _evaluate(model, _load(manager, tasks, files), fewshot, limit)
     if found is None:
         raise ComposerError("lm-eval gave no result: it gives one to the first of several processes alone")
     sources = {task: {"file": path.name, "sha256": _digest(path)} for task, path in files.items()}
@@ -148,7 +150,6 @@ def _require_lm_eval() -> None:
         raise ComposerError('tasks need lm-eval, which is missing: pip install "composer-megatron[eval]"')
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else it forks for the standard error of a perplexity
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     import datasets
 
     datasets.disable_progress_bars()
@@ -201,20 +202,39 @@ def local_task(task: str, path: Path) -> dict[str, Any]:
     }
 
 
-def _load(manager: Any, tasks: Sequence[str], files: dict[str, Path]) -> list[Any]:
-    """Tasks with their documents. A group whose members are known tasks with changes is lm-eval's own way."""
+def _load(manager: Any, tasks: Sequence[str], files: dict[str, Path]) -> dict[str, Any]:
+    """Tasks, by name, with their documents. A group whose members are known tasks with changes is lm-eval's own way."""
     members = [local_task(task, path) for task, path in files.items()]
     specs: list[Any] = [task for task in tasks if task not in files]
     if members:
         specs.append({"group": _GROUP, "task": members})
     try:
-        return list(manager.load(specs)["tasks"].values())
+        return dict(manager.load(specs)["tasks"])
     except Exception as error:  # whatever a hub, a file or a task's code raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         names = ", ".join(tasks)
         raise ComposerError(
             f"cannot load {names}: {reason}; without the hub, give a folder of JSON lines with --task-data"
         ) from error
+
+
+def _evaluate(model: RunLM, tasks: dict[str, Any], fewshot: int | None, limit: int | None) -> Any:
+    """lm-eval's evaluation, prepared as its `simple_evaluate` does, which would call git and list all packages.
+
+    What lm-eval prints to standard output goes to standard error: the former is for results.
+    """
+    from lm_eval import evaluate
+
+    random.seed(_SEED)  # some tasks shuffle their choices
+    np.random.seed(_FEWSHOT_SEED)
+    for task in tasks.values():
+        usual = task.get_config("num_fewshot")
+        if usual is None or (fewshot is not None and usual != 0):  # a task's own 0 is never changed
+            task.set_config(key="num_fewshot", value=fewshot or 0)
+        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    with contextlib.redirect_stdout(sys.stderr):
+        loaded = {"tasks": tasks, "groups": {}}
+        return evaluate(model, loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
 
 
 def _scores(found: dict[str, Any]) -> Iterable[TaskScore]:

@@ -52,6 +52,9 @@ __all__ = [
 BATCH_SIZE = 32
 """Requests decoded at a time, where nobody says how many: others wait for a row to become free."""
 
+_NEW_TOKENS = 64
+"""Tokens to add at most, where nobody says how many."""
+
 _CAPACITIES = 256
 """On a GPU the cache has room for a multiple of so many tokens: kernels are compiled for its size."""
 
@@ -64,19 +67,19 @@ class Request:
 
     Attributes:
         prompt: The text to continue; the empty one starts a document.
-        max_new_tokens: Tokens to add at most.
+        max_new_tokens: Tokens to add at most; None for as many as the run's sequences have room for, up to 64.
         sampling: How they are drawn, the seed included.
         stop: Texts that end the continuation, and are not part of it.
     """
 
     prompt: str
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
     sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise a `UsageError` that names the value and what would do."""
-        if self.max_new_tokens < 1:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens={self.max_new_tokens}; expected at least 1")
         if "" in self.stop:
             raise UsageError("a stop text is empty; leave it out")
@@ -100,7 +103,7 @@ def generate(
     run: LoadedRun,
     prompts: Sequence[str],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -113,10 +116,10 @@ def generate(
     Args:
         run: A trained run.
         prompts: Texts to continue; the empty one starts a document.
-        max_new_tokens: At most so many tokens each.
+        max_new_tokens: As `Request`.
         temperature: As `Sampling`.
-        top_k: As `Sampling`.
-        top_p: As `Sampling`.
+        top_k: As `Sampling`, with a temperature above 0.
+        top_p: As `Sampling`, with a temperature above 0.
         seed: Decides the draws, of each prompt its own.
         stop: Texts that end a continuation, and are not part of it.
         batch_size: As `stream`.
@@ -147,7 +150,7 @@ def generate(
 def requests_of(
     prompts: Sequence[str],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -156,6 +159,12 @@ def requests_of(
 ) -> list[Request]:
     """Requests with the same settings, each with a seed of its own; arguments and errors as for `generate`."""
     settings = Sampling(temperature, top_k, top_p, seed)
+    for name, value in (("top_k", top_k), ("top_p", top_p)):
+        if value is not None and temperature == 0:
+            raise UsageError(
+                f"{name}={value} at temperature=0, which takes the likeliest token always: "
+                f"give a temperature above 0, such as --temperature 0.8, or leave --{name.replace('_', '-')} out"
+            )
     return [
         Request(prompt, max_new_tokens, dataclasses.replace(settings, seed=_seed(seed, number)), tuple(stop))
         for number, prompt in enumerate(prompts)
@@ -183,9 +192,8 @@ def stream(run: LoadedRun, requests: Sequence[Request], *, batch_size: int = BAT
 
     tokenizer = run.require_tokenizer()
     prompts = [tokenizer.encode(each.prompt, add_special_tokens=False).ids or [run.end_of_text] for each in requests]
-    for request, ids in zip(requests, prompts, strict=True):
-        _check_length(request, len(ids), run.sequence_length)
-    jobs = [Job(ids, each.max_new_tokens, each.sampling) for each, ids in zip(requests, prompts, strict=True)]
+    limits = [_limit(each, len(ids), run.sequence_length) for each, ids in zip(requests, prompts, strict=True)]
+    jobs = [Job(ids, limit, each.sampling) for each, ids, limit in zip(requests, prompts, limits, strict=True)]
     texts = [TextStream(tokenizer, ids, each.stop) for each, ids in zip(requests, prompts, strict=True)]
     received = [0] * len(jobs)
     for number, token in stream_tokens(run.model, jobs, tokenizing.vocabulary_size(tokenizer), batch_size):
@@ -304,13 +312,16 @@ def _loop(model: HybridModel, rows: int, capacity: int, draws: bool, vocab_size:
     return MegatronLoop(model, rows, capacity, vocab_size)
 
 
-def _check_length(request: Request, prompt_tokens: int, longest: int) -> None:
-    prompt, new = request.prompt, request.max_new_tokens
-    if prompt_tokens + new > longest:
-        shown, room = prompt if len(prompt) <= 40 else f"{prompt[:39]}…", longest - prompt_tokens
+def _limit(request: Request, prompt_tokens: int, longest: int) -> int:
+    """Tokens to add at most: as asked for, which must fit, or as many as fit."""
+    prompt, room = request.prompt, longest - prompt_tokens
+    new = max(1, min(_NEW_TOKENS, room)) if request.max_new_tokens is None else request.max_new_tokens
+    if new > room:
+        shown = prompt if len(prompt) <= 40 else f"{prompt[:39]}…"
         asked = f"prompt {shown!r} has {prompt_tokens} tokens, with max_new_tokens={new} more than {longest}"
         advice = f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt"
         raise UsageError(f"{asked}, the longest sequence for this run; {advice}")
+    return new
 
 
 def _seed(seed: int, number: int) -> int:

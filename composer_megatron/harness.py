@@ -98,6 +98,10 @@ class RunLM(TemplateLM):
         alike = min(alike, len(whole) - 1)
         return whole[:alike] or [self.eot_token_id], whole[alike:]
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As lm-eval's, without its bar over the texts that are encoded: `progress` is told of what takes long."""
+        return list(super().loglikelihood(requests, disable_tqdm=True))
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:

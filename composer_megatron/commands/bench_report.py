@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional
 
 from composer_megatron.display import console
-from composer_megatron.errors import ComposerError, UsageError
+from composer_megatron.errors import ComposerError, FileError, UsageError
 from composer_megatron.files import write_text
 
 _LENGTHS = tuple(2**power for power in range(11, 18))
@@ -39,12 +39,18 @@ def bench_report(
         readme: Write the headline figures between the marks of this file instead of a page.
         check: With --readme, write nothing, and fail where the figures there are not those of the results.
     """
-    from composer_megatron.bench.report import headline, read_results, split_readme, update_readme
+    from composer_megatron.bench.headline import headline, split_readme, update_readme
+    from composer_megatron.bench.report import read_results
     from composer_search.report.benchmarks import build_page
 
     if check and readme is None:
         raise UsageError("--check looks at a README: add --readme README.md")
     found = read_results(results)
+    if not found.sources:
+        raise FileError(
+            f"{results} holds no result of a benchmark: composer-megatron bench training (or kernels, inference) makes "
+            "some in runs/bench, on a GPU, and a checkout has those of benchmarks/results"
+        )
     for said in found.unfair:
         console.print(f"left out of comparisons: {said}")
     if readme is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,15 +46,18 @@ def eval_(
     """
     if not text and not tasks:
         raise UsageError("nothing to evaluate on: add --text PATH, or --tasks NAME (such as arc_easy), or both")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; tqdm reads this once, when PyTorch imports it
     from composer_megatron.checkpoint import load_run
     from composer_megatron.evaluate import evaluate_text
     from composer_megatron.evaluate_tasks import evaluate_tasks
 
     found: dict[str, Any] = {}
+    written: list[Path] = []
     with load_run(run, iteration) as loaded:
         if text:
             evaluation = evaluate_text(loaded, text, batch_tokens=batch_tokens)
-            evaluation.save(loaded.path)
+            written.append(evaluation.save(loaded.path))
             found |= vars(evaluation)
         if tasks:
             scores = evaluate_tasks(
@@ -63,8 +68,9 @@ def eval_(
                 fewshot=fewshot,
                 limit=limit,
                 batch_tokens=batch_tokens,
+                report=lambda line: print(line, file=sys.stderr, flush=True),
             )
-            scores.save(loaded.path)
+            written.append(scores.save(loaded.path))
             found["tasks"] = [vars(score) for score in scores.scores]
     if json:
         print_json(found)
@@ -75,6 +81,7 @@ def eval_(
         console.print(f"held-out text of {size}; iteration {evaluation.iteration}")
     if tasks:
         print_scores(scores)
+    console.print(f"written to {' and '.join(map(str, written))}", markup=False)
 
 
 def print_scores(scores: TaskScores) -> None:

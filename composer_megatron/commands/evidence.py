@@ -87,7 +87,7 @@ def evidence_agreement(
         study: Folder of the study that is judged, or a JSON file {"2A4M": 0.81, ...}.
         target: What it should predict: another study, or such a file.
         seed: Of the resampling.
-        output: The page with the figure; by default STUDY/evidence/agreement.html.
+        output: The page with the figure; by default STUDY/evidence/agreement.html, or agreement-TARGET.html.
         json: Print one JSON object for programs instead of text.
     """
     from composer_search.evidence import agreement as ranks
@@ -101,8 +101,14 @@ def evidence_agreement(
         found = [ranks.size_agreement(scores, seed=seed), *ranks.task_agreements(scores, seed=seed)]
     values = {"agreements": [each.as_dict() for each in found]}
     folder = study.parent if study.suffix == ".json" else study
-    output = output or folder / "evidence" / "agreement.html"
+    name = f"agreement-{_label(target)}" if target else "agreement"
+    output = output or folder / "evidence" / f"{name}.html"
     _show_exhibit(ranks.exhibit(found), values, agreement_figure(found), output, json)
+
+
+def _label(source: Path) -> str:
+    """A study's folder or a score file, by its last name."""
+    return source.stem if source.suffix == ".json" else source.resolve().name
 
 
 def evidence_standing(

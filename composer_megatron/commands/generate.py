@@ -21,7 +21,7 @@ def generate(
     run: Positional[Path],
     *,
     prompt: Several,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -36,10 +36,10 @@ def generate(
     Args:
         run: Folder of a training run.
         prompt: A text to continue; may be given several times.
-        max_new_tokens: Tokens to add at most.
+        max_new_tokens: Tokens to add at most; by default as many as the run's sequences have room for, up to 64.
         temperature: 0 takes the likeliest token; above, samples.
-        top_k: Sample among the k likeliest tokens; all by default.
-        top_p: Sample among the likeliest tokens that hold this much probability.
+        top_k: Sample among the k likeliest tokens; all by default. Needs a temperature above 0.
+        top_p: Sample among the likeliest tokens that hold this much probability. Needs a temperature above 0.
         seed: Seed of the sampling, of which each prompt's own follows.
         stop: A text that ends a continuation, and is not part of it; may be given several times.
         batch_size: Prompts at a time; the decoding cache grows with it.

@@ -39,7 +39,8 @@ def kv(
     """Bytes that decoding keeps of a token, and how many requests fit on a GPU, beside Llama.
 
     Args:
-        sequences: Sequences or architecture files; by default 2A4M stacked and 2A5M2A3M1A3M stretched to each shape.
+        sequences: Sequences, whose blocks are taken as given, or architecture files, such as extrapolate writes; by
+            default 2A4M stacked and 2A5M2A3M1A3M stretched to each shape.
         shapes: Presets or JSON files, for sequences.
         contexts: Tokens of a request, prompt and continuation.
         memory: Gigabytes (10^9 bytes) of a GPU: 80 for an H100, 141 for an H200.
@@ -61,7 +62,7 @@ def kv(
     if json:
         print_json({**facts, "trials": trials})
     else:
-        _show(rows, contexts, memory)
+        _show(rows, wanted, contexts, memory)
     failed = [trial for trial in trials if not trial["holds"]]
     if failed:
         disturbed = max(cast(int, trial["others"]) for trial in failed)
@@ -105,7 +106,12 @@ def _measured_here(check: bool) -> dict[str, object]:
     return {"date": time.strftime("%Y-%m-%d"), "environment": environment()}
 
 
-def _show(rows: list[counting.Keeping], contexts: tuple[int, ...], memory: tuple[int, ...]) -> None:
+def _show(
+    rows: list[counting.Keeping],
+    models: list[tuple[str, Architecture]],
+    contexts: tuple[int, ...],
+    memory: tuple[int, ...],
+) -> None:
     table = Table(title="decoding cache, bf16", title_justify="left")
     for heading in ("shape", "model", "sequence"):
         table.add_column(heading)
@@ -115,8 +121,16 @@ def _show(rows: list[counting.Keeping], contexts: tuple[int, ...], memory: tuple
         ratio = "-" if row.ratio is None else f"{row.ratio:.3f}"
         table.add_row(row.shape, row.model, row.sequence, f"{row.bytes_per_token:,}", ratio)
     console.print(table)
+    grown = []
+    for row, (_, architecture) in zip(rows, models, strict=True):
+        blocks, whole = len(architecture.sequence), len(architecture.baseline().sequence)
+        if 2 * blocks < whole:
+            said = f"{row.model}: {blocks} blocks as given, beside the {whole} of {row.shape}'s Llama"
+            console.print(f"{said}; `composer-megatron extrapolate` grows it", markup=False)
+        else:
+            grown.append(row)
     for shape in dict.fromkeys(row.shape for row in rows):
-        mean = counting.mean_ratio([row for row in rows if row.shape == shape])
+        mean = counting.mean_ratio([row for row in grown if row.shape == shape])
         if mean is not None:
             console.print(f"{shape}: Llama over Composite {mean:.3f} in the mean")
     for gigabytes in memory:

@@ -21,7 +21,7 @@ from composer_kernels.decode_attention import decode_attention
 from composer_kernels.linear_decode import linear_decode
 from composer_kernels.overlap import Overlap
 from composer_kernels.rms_norm import rms_norm
-from composer_kernels.rope import rope
+from composer_kernels.rope import rope_qk
 from composer_kernels.swiglu import swiglu
 from composer_megatron.inference.cache import LayerCache, cache_bytes, make_cache
 from composer_megatron.inference.limits import SPARE
@@ -121,7 +121,7 @@ class Decoder:
         self, projected: Tensor, block: Block, cache: LayerCache, rows: Tensor, start: int, ends: Tensor
     ) -> Tensor:
         query, key, value = self._split(projected)
-        query, key = (rope(part, self._cos, self._sin, position_offset=start) for part in (query, key))
+        query, key = rope_qk(query, key, self._cos, self._sin, position_offset=start)
         keys, values = cache.extend(rows, start, ends, key.transpose(0, 1), value.transpose(0, 1))
         before = None if block.window is None else block.window - 1
         seen = cast(Tensor, attention(query.transpose(0, 1), keys, values, window=before))

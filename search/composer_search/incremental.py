@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from composer_megatron.errors import ComposerError, UsageError
+from composer_megatron.sequence import CompositeSequence
 from composer_search.proposers import make_proposer
 from composer_search.region import Region
 from composer_search.space import Space
@@ -30,6 +31,13 @@ def step_space(settings: StudySettings, length: int, found: str) -> Space:
     """The space of a step whose sequences have `length` blocks, those of `found` among them."""
     half = len(found) if settings.strategy == "end" else (len(found) + 1) // 2
     return Space(settings.space.primitives, length, prefix=found[:half], suffix=found[half:])
+
+
+def step_line(space: Space, number: int, steps: int) -> str:
+    """What a step does, for people: ``step 2 of 4: 4 blocks after 1A3M``."""
+    prefix, suffix = (CompositeSequence(each).notation if each else "" for each in (space.prefix, space.suffix))
+    place = f" between {prefix} and {suffix}" if suffix else f" after {prefix}" if prefix else ""
+    return f"step {number} of {steps}: {space.free} block{'s' if space.free > 1 else ''}{place}"
 
 
 def search_steps(

@@ -16,7 +16,7 @@ from composer_search.constraints import Criteria
 from composer_search.effort import effort
 from composer_search.evaluation import Evaluator, MatchableEvaluator, ScalableEvaluator
 from composer_search.extrapolate import Match, Method
-from composer_search.incremental import search_steps
+from composer_search.incremental import search_steps, step_line
 from composer_search.lines import trial_line
 from composer_search.loop import Progress, run_trials
 from composer_search.objectives import ACCURACY, Objective, Target
@@ -266,7 +266,10 @@ def _fitting(evaluator: Evaluator, settings: SearchSettings, length: int) -> Eva
 
 @contextlib.contextmanager
 def progress_bar(console: Console | None = None) -> Iterator[Progress]:
-    """A `Progress` for people: a line for each finished trial, and below them a bar where the console is a terminal."""
+    """A `Progress` for people: a line for each finished trial, and for each step of an incremental search one above.
+
+    Below them is a bar where the console is a terminal.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
@@ -284,11 +287,13 @@ def progress_bar(console: Console | None = None) -> Iterator[Progress]:
         task = bar.add_task("", total=None, now="starting workers")
 
         def show(study: Study, running: Sequence[Proposal]) -> None:
+            done = effort(study)
+            if study.path not in shown and (steps := len(done.stages)) > 1:
+                bar.console.print(step_line(study.settings.space, done.current + 1, steps), markup=False)
             for trial in study.trials[shown.get(study.path, len(study.trials)) :]:
                 mark = "  best so far" if trial is study.best else ""
                 bar.console.print(trial_line(trial) + mark, markup=False)
             shown[study.path] = len(study.trials)
-            done = effort(study)
             names = ", ".join(str(proposal.sequence) for proposal in running)
             count = len(done.trials)
             bar.update(task, completed=count, total=count + done.left, now=f"running {names}" if names else "")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from composer_megatron.bench.headline import BEGIN, END, headline, split_readme, update_readme
 from composer_megatron.bench.lengths import at_ceilings, gains
-from composer_megatron.bench.report import BEGIN, END, headline, ratios, read_results, split_readme, update_readme
+from composer_megatron.bench.report import ratios, read_results
 from composer_megatron.cli import main
 from composer_megatron.commands.bench_report import measured
 from composer_megatron.errors import FileError
@@ -197,6 +198,19 @@ def test_wrong_folders_and_files_are_one_message(
     assert "none.md" in refused(capsys, str(folder), "--readme", str(tmp_path / "none.md"))
 
 
+@pytest.mark.parametrize("kind", ["--output", "--readme"])
+def test_a_folder_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    """A mistaken folder must not replace a page, or the README's figures, by nothing."""
+    results, target = tmp_path / "results", tmp_path / "target"
+    results.mkdir()
+    (results / "notes.json").write_text("{}")
+    target.write_text(f"{BEGIN}\nfigures\n{END}\n")
+    before = target.read_text()
+    said = refused(capsys, str(results), kind, str(target))
+    assert f"{results} holds no result of a benchmark: composer-megatron bench" in said
+    assert target.read_text() == before
+
+
 @pytest.mark.parametrize("result", [{"rows": []}, {"rows": [1]}, {"rows": [{"bytes_per_token": 8}]}, {"rows": None}])
 def test_rows_of_no_known_kind_are_left_out(folder: Path, tmp_path: Path, result: dict) -> None:
     before = read_results(folder)
@@ -333,6 +347,45 @@ def test_products_in_8_bits_stand_below_the_backend_that_they_belong_to(folder: 
         "the same with products in 8 bits (`linear=fp8`): 90.8k tokens/s (x1.250) and 82.5k tokens/s (x1.250)" in said
     )
     assert said.endswith("; torch.compile's Llama 59.0k tokens/s (the Composite x1.538)")
+
+
+def test_a_variant_in_longer_steps_says_how_long(folder: Path) -> None:
+    """More tokens a step are faster whatever computes them: the reader must know where steps differ from the usual."""
+    file = folder / "nvidia-h100/training-1b.json"
+    result = json.loads(file.read_text())
+    name = "composer+linear=fp8"
+    rows = [training_row("llama", name, 4096, 80_000.0), training_row("stacked", name, 4096, 90_000.0)]
+
+    def line(**step: int) -> str:
+        file.write_text(json.dumps(result | {"rows": result["rows"] + [row | step for row in rows]}))
+        return next(line for line in headline(read_results(folder)).splitlines() if "in 8 bits" in line)
+
+    assert "(`linear=fp8`): 90.0k" in line()
+    assert "(`linear=fp8`) in steps of 32,768 tokens: 90.0k" in line(micro_batch=2, micro_batches=4)
+
+
+@pytest.mark.parametrize(("backend", "name"), [("te", "TransformerEngine"), ("local", "PyTorch alone")])
+def test_megatrons_backends_stand_beside_ours_of_the_same_run_or_not_at_all(
+    folder: Path, backend: str, name: str
+) -> None:
+    def said() -> list[str]:
+        return [line for line in headline(read_results(folder)).splitlines() if f"(backend {backend})" in line]
+
+    llama = training_row("llama", backend, 4096, 60_000.0)
+    other = folder / "nvidia-h100/training-2.json"
+    other.write_text(json.dumps({"gpu": "NVIDIA H100", "rows": [llama]}))
+    assert said() == []  # ours are in the other file
+    ours = [training_row("llama", "composer", 4096, 63_000.0), training_row("stacked", "composer", 4096, 69_000.0)]
+    other.write_text(json.dumps({"gpu": "NVIDIA H100", "rows": [llama, ours[0]]}))
+    assert said() == []  # and so is our Composite
+    other.write_text(json.dumps({"gpu": "NVIDIA H100", "rows": [llama, *ours]}))
+    assert said() == [
+        f"- Megatron with {name} (backend {backend}): 60.0k tokens/s with Llama; "
+        "in the same run ours x1.050 with Llama, x1.150 with the Composite"
+    ]
+    for unfair in ([llama | {"unfair": "unfused"}, *ours], [llama, ours[0], ours[1] | {"unfair": "unfused"}]):
+        other.write_text(json.dumps({"gpu": "NVIDIA H100", "rows": unfair}))
+        assert said() == []
 
 
 def test_bars_are_as_wide_as_the_page(folder: Path) -> None:

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composer_megatron.checkpoint import load_run
+from composer_megatron.cli import main
 from composer_megatron.errors import ComposerError, FileError, UsageError
-from composer_megatron.evaluate_tasks import evaluate_tasks, local_files, local_task
+from composer_megatron.evaluate_tasks import _load, _manager, evaluate_tasks, local_files, local_task
 
 pytest.importorskip("lm_eval", reason="needs the extra [eval]")
 torch.set_num_threads(1)
@@ -150,8 +155,8 @@ def test_writing_stops_where_told(run, harness) -> None:
 
 
 ARC = [
-    {"question": "1 Äpfel", "choices": {"text": ["2 Äpfel", "!", "9"], "label": ["A", "B", "C"]}, "answerKey": answer}
-    for answer in "ABCA"
+    {"question": f"{n} Äpfel", "choices": {"text": ["2 Äpfel", "!", "9"], "label": ["A", "B", "C"]}, "answerKey": key}
+    for n, key in enumerate("ABCA", start=1)
 ]
 
 
@@ -185,6 +190,66 @@ def test_tasks_with_local_documents(run, data: Path, tmp_path: Path, monkeypatch
     assert str(data) not in saved  # names of files, no places of this machine
     assert json.loads(saved)["data"]["arc_easy"]["file"] == "arc_easy_test.jsonl"
     assert evaluate_tasks(run, ["arc_easy"], data=data, limit=2).scores[0].samples == 2
+
+
+@pytest.mark.parametrize("fewshot", [None, 2])
+def test_prompts_and_scores_are_those_of_lm_evals_way_in(run, harness, data, tmp_path, monkeypatch, fewshot) -> None:
+    """`simple_evaluate` calls git and lists all packages; what it does besides is done here, with the same seeds."""
+    from lm_eval import simple_evaluate
+
+    seen = []
+    original = harness.RunLM.loglikelihood
+
+    def record(model, asked, **_):
+        seen.append([request.args for request in asked])
+        return original(model, asked)
+
+    monkeypatch.setattr(harness.RunLM, "loglikelihood", record)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    found = evaluate_tasks(run, ["arc_easy"], data=data, fewshot=fewshot)
+    manager = _manager(None)
+    tasks = list(_load(manager, ["arc_easy"], {"arc_easy": data / "arc_easy_test.jsonl"}).values())
+    wanted = simple_evaluate(harness.RunLM(run), tasks=tasks, num_fewshot=fewshot, task_manager=manager)
+    ours, theirs = seen
+    assert ours == theirs
+    assert ours[0][0].count("Question") == 1 + (fewshot or 0)
+    for score in found.scores:
+        assert score.value == wanted["results"]["arc_easy"][f"{score.metric},{score.filter}"]
+        assert score.fewshot == wanted["n-shot"]["arc_easy"] == (fewshot or 0)
+
+
+def test_nothing_of_lm_evals_reaches_the_user(runs, data: Path, tmp_path: Path) -> None:
+    """Outside a checkout and where no terminal shows it: git does not complain, no bar, and output is results alone."""
+    folder = shutil.copytree(runs["plain"], tmp_path / "run")
+    command = [sys.executable, "-m", "composer_megatron", "eval", folder, "--json"]
+    command += ["--tasks", "arc_easy", "lambada_openai", "--task-data", data]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment |= {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {score["task"] for score in json.loads(done.stdout)["tasks"]} == {"arc_easy", "lambada_openai"}
+    assert done.stderr == "bootstrapping for stddev: perplexity\n"
+
+
+def test_the_command_says_what_it_waits_for_and_where_results_are(runs, data, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = shutil.copytree(runs["plain"], tmp_path / "run")
+    text = tmp_path / "text.txt"
+    text.write_text("1 Äpfel, 2 Äpfel", encoding="utf-8")
+    main(["eval", str(folder), "--text", str(text), "--tasks", "arc_easy", "--task-data", str(data)])
+    out, err = capsys.readouterr()
+    assert f"written to {folder / 'eval.json'} and {folder / 'tasks.json'}" in out
+    assert "hub" not in err
+
+    def refuse(*_: object) -> None:
+        assert "asking the hub for tasks piqa, sciq\n" in capsys.readouterr().err  # before it begins
+        raise ComposerError("no network")
+
+    monkeypatch.setattr("composer_megatron.evaluate_tasks._load", refuse)
+    with pytest.raises(SystemExit):
+        main(["eval", str(folder), "--tasks", "piqa", "arc_easy", "sciq", "--task-data", str(data)])
+    assert "no network" in capsys.readouterr().err
 
 
 def test_files_belong_to_the_longest_task_that_they_name(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import pytest
 from rich.control import strip_control_codes
 
 from composer_megatron import cli
+from composer_megatron.checkpoint import load_run
 from composer_megatron.commands.generate import _show
-from composer_megatron.generate import Piece
+from composer_megatron.generate import Piece, generate
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +53,27 @@ def test_pieces_are_shown_in_the_prompts_order(capsys):
     assert lines == ["1:aA", "2:bB", "3:cC"]
 
 
+def test_without_a_number_as_many_tokens_as_fit(capsys, folder):
+    """The runs of the tests have sequences of 32 tokens, and 64 is the most that nobody asked for."""
+    asked = (str(folder), "--prompt", "12 Ä", "--prompt", "7", "--json")
+    status, out, _ = run(capsys, *asked)
+    assert status == 0
+    with load_run(folder) as loaded:
+        tokenizer = loaded.require_tokenizer()
+        for each in json.loads(out):
+            room = 32 - len(tokenizer.encode(each["prompt"]).ids)
+            assert generate(loaded, [each["prompt"]]) == [each["text"]]
+            assert generate(loaded, [each["prompt"]], max_new_tokens=room) == [each["text"]]
+    status, _, err = run(capsys, *asked, "--max-new-tokens", "64")
+    assert status == 2 and "with max_new_tokens=64 more than 32" in err
+
+
 def test_a_prompt_that_is_refused_is_not_shown(capsys, folder):
     status, out, err = run(capsys, str(folder), "--prompt", "7 " * 200, "--max-new-tokens", "2")
     assert status == 2 and "shorten the prompt" in err
     assert not out.strip()
+    status, _, err = run(capsys, str(folder), "--prompt", "7 " * 200)
+    assert status == 2 and "shorten the prompt" in err
 
 
 @pytest.mark.parametrize(
@@ -63,6 +81,8 @@ def test_a_prompt_that_is_refused_is_not_shown(capsys, folder):
     [
         ((), "no prompt"),
         (("--prompt", "x", "--stop", ""), "a stop text is empty"),
+        (("--prompt", "x", "--top-k", "5"), "give a temperature above 0, such as --temperature 0.8"),
+        (("--prompt", "x", "--top-p", "0.9"), "top_p=0.9 at temperature=0"),
         (("--prompt", "x", "--batch-size", "0", "--max-new-tokens", "2"), "batch_size=0"),
     ],
 )

@@ -144,11 +144,25 @@ def test_the_table_for_programs_and_for_people(capsys, tmp_path):
         ("stacked", 18_432),
         ("stretched", 20_480),
     ]
-    of("2A4M2W").save(tmp_path / "architecture.json")
+    of("9A18M2W").save(tmp_path / "architecture.json")
     status, out, _ = run(capsys, str(tmp_path / "architecture.json"), "8M", "--shapes", "1b", "--memory", "80")
     assert status == 0
-    assert "1b: Llama over Composite" in out
+    assert "1b: Llama over Composite 1.455 in the mean" in out  # 16 / (9 + 2), and 8M keeps nothing
     assert "32,768" in out
+
+
+def test_a_sequence_that_is_far_smaller_than_llama_says_so_and_stands_in_no_mean(capsys):
+    """2A4M keeps an eighth of what 32 blocks of Llama keep, which says nothing about growing it."""
+    say = "2A4M: 6 blocks as given, beside the 32 of 1b's Llama; `composer-megatron extrapolate` grows it"
+    _, out, _ = run(capsys, "2A4M", "--shapes", "1b")
+    assert say in out
+    assert "in the mean" not in out
+    _, out, _ = run(capsys, "2A4M", "9A18M", "--shapes", "1b")
+    assert say in out
+    assert out.count("as given") == 1
+    assert "1b: Llama over Composite 1.778 in the mean" in out
+    _, out, _ = run(capsys, "8A8M", "--shapes", "1b")  # half as many blocks are not far fewer
+    assert "as given" not in out
 
 
 @pytest.mark.parametrize(

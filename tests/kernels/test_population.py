@@ -8,6 +8,7 @@ from composer_megatron.sequence import CompositeSequence
 from composer_search.candidate import Widths, rotation
 from composer_search.mad import IGNORE
 from composer_search.population import Row
+from composer_search.population.kernels import linear
 from composer_search.population.kernels.mlp import fits
 from composer_search.population.operations import BETAS, Fused, Plain
 from composer_search.population.population import Population
@@ -137,11 +138,49 @@ def test_residual(sizes, after, used, moved, dtype):
         inputs = [each.clone().requires_grad_() for each in inputs]
         own, left = inputs[1 : 1 + len(outs)], iter(inputs[1 + len(outs) :])
         given = [None if bias is None else next(left) for bias in biases]
-        y, parts = operations.residual(inputs[0], own, given, moves, after, wide or dtype)
-        outputs = [y, *parts]
+        stream = operations.stream(inputs[0], wide or dtype)
+        y, parts = operations.residual(stream, own, given, moves, after, wide or dtype)
+        outputs = [y.tensor(), *parts]
         results.append((outputs, gradients([outputs[place] for place in used], inputs)))
     compare(results[0][0], results[1][0], dtype)
     compare(results[0][1], results[1][1], dtype)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "times", "gained"),
+    [(1, 32, 3, True), (100, 16, 1, False), (1100, 16, 3, True), (130, 128, 3, True), (1100, 128, 1, False)],
+)
+def test_linear_is_as_exact_as_pytorchs(tokens, hidden, times, gained, poisoned, assert_as_good):
+    """Tokens in one share and in two of different sizes, whose last rounds are not full."""
+    h, weight = normal(2, tokens, hidden, dtype=torch.bfloat16), normal(2, times * hidden, hidden, seed=1).float()
+    gain = normal(2, hidden, seed=2).float() if gained else None
+    assert linear.fits(h, times * hidden)
+
+    def run(operations, exact):
+        given = [each for each in (h, weight, gain) if each is not None]
+        inputs = [(each.double() if exact else each.clone()).requires_grad_() for each in given]
+        y = operations.linear(*inputs, *([] if gained else [None]))
+        return [y, *gradients([y], inputs)]
+
+    for results in zip(run(Fused("ieee"), False), run(Plain(), False), run(Plain(), True), strict=True):
+        assert_as_good(*results)
+
+
+def test_linear_fits_narrow_layers_in_bf16_alone():
+    sizes = [(128, 384), (128, 128), (128, 256), (96, 96), (256, 256), (64, 192)]
+    fitting = [linear.fits(normal(1, 1, ins, dtype=torch.bfloat16), outs) for ins, outs in sizes]
+    assert fitting == [True, True, False, False, False, True]
+    assert not linear.fits(normal(1, 1, 128, dtype=torch.float32), 128)
+    assert linear.TRIPLE.shared_bytes(128, 384) == 184 * 1024
+
+
+def test_linear_adds_no_row_to_another_and_gives_the_same_bits_twice():
+    h, weight = normal(3, 70, 16, dtype=torch.bfloat16), normal(3, 48, 16, seed=1, dtype=torch.bfloat16)
+    dy = normal(3, 70, 48, seed=2, dtype=torch.bfloat16)
+    whole = linear.launch_backward(dy, h, weight)
+    spoiled = [each.index_fill(0, torch.tensor([1], device=DEVICE), torch.nan) for each in (dy, h, weight)]
+    for found, expected in zip(linear.launch_backward(*spoiled), whole, strict=True):
+        assert torch.equal(found[::2], expected[::2])
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -189,11 +228,16 @@ def test_adamw():
     assert BETAS == (0.9, 0.999)
 
 
-@pytest.mark.parametrize(("precision", "autoencoder"), [("float32", False), ("bfloat16", True)])
-def test_a_population_trains_as_it_does_without_the_kernels(precision, autoencoder):
+@pytest.mark.parametrize(
+    ("precision", "autoencoder", "unscored"),
+    [("float32", False, 0), ("float32", False, 6), ("float32", True, 0), ("bfloat16", True, 0), ("bfloat16", False, 6)],
+)
+def test_a_population_trains_as_it_does_without_the_kernels(precision, autoencoder, unscored):
     """Weights after some steps: within 1e-4 in single precision, in which a sum's order is all that differs."""
     rng = torch.Generator().manual_seed(0)
     splits = [tuple(torch.randint(6, (2, size, 8), generator=rng).numpy()) for size in (24, 2, 2)]
+    for _, targets in splits:
+        targets[:, :unscored] = IGNORE
     data = TaskData(6, *splits, autoencoder=autoencoder)
     rows = [Row(CompositeSequence(text), data, 1e-2, 0.1, 0) for text in ("AM", "M", "MA")]
     widths = Widths(hidden_size=16, num_heads=2, ffn_hidden_size=24)

@@ -380,6 +380,18 @@ def test_every_command_prints_json_and_draws_one_page(tmp_path, capsys):
     assert status == 0 and "parameter count" in printed and (Path(study) / "evidence/agreement.html").exists()
 
 
+def test_agreement_with_a_target_keeps_the_page_without_one(tmp_path, capsys):
+    study, other = (str(write_study(tmp_path / name)) for name in ("study", "other.v2"))
+    scores = tmp_path / "losses.json"
+    scores.write_text(json.dumps({str(sequence): float(worth) for sequence, worth in zip(EVERY, WORTH, strict=True)}))
+    for target in ([], ["--target", other], ["--target", str(scores)]):
+        status, printed, _ = run(capsys, "evidence", "agreement", study, *target)
+        assert status == 0
+    pages = {"agreement.html", "agreement-other.v2.html", "agreement-losses.html"}
+    assert {page.name for page in (Path(study) / "evidence").iterdir()} == pages
+    assert "agreement-losses.html" in printed
+
+
 @pytest.mark.parametrize("name", ["oracle", "regret", "agreement", "ablation", "votes"])
 @pytest.mark.parametrize(("count", "seeds", "constant"), [(0, 1, False), (1, 2, False), (6, 1, False), (16, 2, True)])
 def test_poor_studies_end_in_a_message(tmp_path, capsys, name, count, seeds, constant):

@@ -1,14 +1,17 @@
 """Incremental strategies against a greedy reference written out, and through interruptions."""
 
+import contextlib
+import io
 import itertools
 import json
 from fractions import Fraction
 
 import pytest
+from rich.console import Console
 
 from composer_megatron.errors import ComposerError, UsageError
 from composer_search.evaluation import Evaluation
-from composer_search.strategies import SearchSettings, search
+from composer_search.strategies import SearchSettings, progress_bar, search
 from composer_search.study import Study
 
 
@@ -95,6 +98,30 @@ def test_an_interrupted_search_ends_as_the_uninterrupted_one(proposer, tmp_path)
     again = Here(stop_at=1)
     assert search(settings, tmp_path / "parts", workers=0, evaluator=again).best == parts.best
     assert again.count == 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "places"),
+    [("end", (" after 1M1A", " after 1M2A1M")), ("middle", (" between 1M and 1A", " between 2M and 2A"))],
+)
+def test_a_line_says_where_a_step_begins(strategy, places, tmp_path):
+    """Trial numbers and "best so far" are the step's; without a line above them they would seem to begin anew."""
+
+    def shown(stop_at=None):
+        console = Console(file=io.StringIO(), width=200)
+        settings = SearchSettings(length=5, strategy=strategy, step=2, budget=4)
+        with contextlib.suppress(KeyboardInterrupt), progress_bar(console) as progress:
+            search(settings, tmp_path, workers=0, evaluator=Here(stop_at), progress=progress)
+        return [line if line.startswith("step") else line.split()[1] for line in console.file.getvalue().splitlines()]
+
+    first, second, third = (
+        "step 1 of 3: 2 blocks",
+        f"step 2 of 3: 2 blocks{places[0]}",
+        f"step 3 of 3: 1 block{places[1]}",
+    )
+    assert shown(stop_at=6) == [first, "0", "1", "2", "3", second, "0"]
+    assert shown() == [second, "1", "2", "3", third, "0", "1"]
+    assert shown() == []
 
 
 def test_a_kill_between_the_last_step_and_the_whole_loses_nothing(tmp_path):

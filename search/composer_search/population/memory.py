@@ -166,14 +166,14 @@ class _Fused(_Plain):
         return own if self.vocab_size <= LARGEST else own + super().logits()
 
     def passing(self) -> float:
-        """The stream's gradient before and after a block, those of its ends, and the block's own; or the logits'."""
+        """The stream's gradient before and after a block, and the block's own or the logits'; or two streams."""
         attention, mlp = self.blocks
         within = self._of_heads[1] if self._of_heads else self.narrow * 3 * self.hidden
         block = max(
             self.narrow * 4 * self.hidden + within if attention else 0,
             self.narrow * (self.hidden + (3 if self._whole_mlp else 6) * self.inner) if mlp else 0,
         )
-        return 2 * self.stream + max(block, self._head)
+        return max(2 * self.narrow * self.hidden + max(block, self._head), 2 * self.stream)
 
     def judging(self) -> float:
         """The stream before and after a block, and what the block computes; or the logits, and counts of tokens."""

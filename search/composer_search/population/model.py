@@ -21,6 +21,7 @@ from composer_search.candidate import Candidate, rotation, sinusoids
 from composer_search.population.layout import ROW, Depth, Layout
 from composer_search.population.operations import Operations, Plain, norm
 from composer_search.population.product import product
+from composer_search.population.stream import Stream
 
 ONE_HOT_VOCABULARY = 64
 """Up to this vocabulary a GPU looks embeddings up by a matrix product: the gradient of a look-up would have thousands
@@ -139,12 +140,13 @@ class GroupedModel:
             wanted = scored if number == mixing else length
             outs, biases = zip(*self._blocks(normed, depth, length, wanted), strict=True)
             if number == mixing:
-                x = x.unflatten(1, (sequences, length))[:, :, length - scored :].flatten(1, 2)
+                x = x.last(length, scored)
             x, normed = self.operations.residual(x, outs, biases, moves, after, self.shape.dtype)
         (h,) = normed
         own = {name: self.slices[name][0] for name in self.weights if name.startswith(ROW)}
         if self.shape.autoencoder:
-            h = norm(self._decode(x.unflatten(1, (sequences, -1)), length, own), self.shape.dtype)
+            last = x.last(x.values.shape[1] // sequences, 1).tensor().unflatten(1, (sequences, 1))
+            h = norm(self._decode(last, length, own), self.shape.dtype)
         return self._linear(h, own, f"{ROW}.unembedding", gain=own[f"{ROW}.final_norm.weight"])
 
     def answers(self, targets: Tensor) -> Tensor:
@@ -156,17 +158,18 @@ class GroupedModel:
     def _scored(self, length: int) -> int:
         return length if self.shape.scored is None else min(length, self.shape.scored)
 
-    def _embed(self, tokens: Tensor, sizes: list[int]) -> tuple[Tensor, Sequence[Tensor]]:
+    def _embed(self, tokens: Tensor, sizes: list[int]) -> tuple[Stream, Sequence[Tensor]]:
         """The stream before the first depth in that depth's order, and its groups' parts of the stream normalised."""
         table = self.slices[f"{ROW}.embedding.weight"][0]
         if self._start is not None:
             table, tokens = table.index_select(0, self._start), tokens.index_select(0, self._start)
         flat, vocab_size = tokens.flatten(1), table.shape[1]
         if table.is_cuda and vocab_size <= ONE_HOT_VOCABULARY:
-            return look_up(flat, table, sizes, self.shape.dtype)
+            return look_up(self.operations, flat, table, sizes, self.shape.dtype)
         offsets = vocab_size * torch.arange(len(table), device=flat.device)
         x = F.embedding(flat + offsets[:, None], table.flatten(0, 1))
-        return self.operations.residual(x, [], [], (None, None), sizes, self.shape.dtype)
+        stream = self.operations.stream(x, self.shape.dtype)
+        return self.operations.residual(stream, [], [], (None, None), sizes, self.shape.dtype)
 
     def _blocks(
         self, normed: Sequence[Tensor], depth: Depth, length: int, wanted: int
@@ -184,11 +187,11 @@ class GroupedModel:
                 yield self.operations.mlp(h, *(weights[name] for name in _MLP)), None
 
     def _attention(self, h: Tensor, weights: dict[str, Tensor], length: int, wanted: int) -> Tensor:
-        joint = product(h, weights["A.query_key_value.weight"], weights["A.norm.weight"])
+        joint = self.operations.linear(h, weights["A.query_key_value.weight"], weights["A.norm.weight"])
         heads = self.shape.num_heads
         turns = self._turns(length, h.shape[2] // heads)
         mixed = self.operations.attend(joint, weights["A.query_key_value.bias"], turns, heads, wanted)
-        return product(mixed, weights["A.output.weight"])
+        return self.operations.linear(mixed, weights["A.output.weight"], None)
 
     def _turns(self, length: int, width: int) -> Tensor:
         """`rotation`, kept as long as this model: a CUDA graph reads the memory that was there when it was captured."""
@@ -197,9 +200,9 @@ class GroupedModel:
         return self._rotations[length]
 
     def _decode(self, x: Tensor, length: int, own: dict[str, Tensor]) -> Tensor:
-        """The auto-encoder's head on last positions x [rows, sequences, positions, hidden], for `length` positions."""
+        """The auto-encoder's head on last positions x [rows, sequences, 1, hidden], for `length` positions."""
         positions = sinusoids(length, x.shape[3], x.device)
-        x = (x[:, :, -1:] + positions).flatten(1, 2)
+        x = (x + positions).flatten(1, 2)
         for before, linear in ((0, 1), (3, 4)):
             gain = own[f"{ROW}.decoder.{before}.weight"]
             x = F.gelu(self._linear(norm(x, self.shape.dtype), own, f"{ROW}.decoder.{linear}", gain))
@@ -210,21 +213,24 @@ class GroupedModel:
         return product(h, own[f"{name}.weight"], gain) + own[f"{name}.bias"][:, None].to(h.dtype)
 
 
-def look_up(tokens: Tensor, table: Tensor, sizes: list[int], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """Each row's embeddings [rows, tokens, hidden], and parts of their norms in `dtype`, by matrix products.
+def look_up(
+    operations: Operations, tokens: Tensor, table: Tensor, sizes: list[int], dtype: torch.dtype
+) -> tuple[Stream, list[Tensor]]:
+    """The stream of each row's embeddings, and parts of their norms in `dtype`, by matrix products.
 
     The norms are looked up as well: those of the table's rows are fewer than those of the tokens.
 
     Args:
+        operations: How.
         tokens: [rows, tokens], int64.
         table: [rows, vocabulary, hidden].
         sizes: Rows of each part.
-        dtype: Of the norms.
+        dtype: Of the norms, and of matrix products.
     """
     # not F.one_hot, which would ask the GPU for the largest token
-    one_hot = tokens[..., None] == torch.arange(table.shape[1], device=tokens.device)
-    parts = zip(one_hot.to(dtype).split(sizes), norm(table, dtype).split(sizes), strict=True)
-    return torch.bmm(one_hot.to(table.dtype), table), [torch.bmm(*part) for part in parts]
+    one_hot = (tokens[..., None] == torch.arange(table.shape[1], device=tokens.device)).to(dtype)
+    parts = zip(one_hot.split(sizes), norm(table, dtype).split(sizes), strict=True)
+    return operations.look_up(one_hot, table), [torch.bmm(*part) for part in parts]
 
 
 def _moves(order: tuple[int, ...] | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from composer_search.candidate import turn
 from composer_search.mad import IGNORE
-from composer_search.population.product import product
+from composer_search.population.product import product, weight_gradients
+from composer_search.population.stream import Stream, numberless
 from composer_search.trainer import TrainSettings
 
 EPS = 1e-5
@@ -32,15 +33,26 @@ BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 class Operations(Protocol):
     """The operations of a population; `turns` are `composer_search.candidate.rotation`'s."""
 
+    def stream(self, x: Tensor, dtype: torch.dtype) -> Stream:
+        """The stream that begins as x; `dtype` is that of matrix products."""
+        ...
+
+    def look_up(self, one_hot: Tensor, table: Tensor) -> Stream:
+        """The stream that begins as each row's embeddings, of tables [rows, vocabulary, hidden].
+
+        `one_hot` [rows, tokens, vocabulary], in the type of matrix products, is 1 where the token is.
+        """
+        ...
+
     def residual(
         self,
-        x: Tensor,
+        x: Stream,
         outs: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         moves: tuple[Tensor | None, Tensor | None],
         sizes: Sequence[int],
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Sequence[Tensor]]:
+    ) -> tuple[Stream, Sequence[Tensor]]:
         """Add the groups' outputs and biases to the stream x [rows, tokens, hidden] and re-order the rows.
 
         Args:
@@ -65,6 +77,10 @@ class Operations(Protocol):
         """
         ...
 
+    def linear(self, h: Tensor, weight: Tensor, gain: Tensor | None) -> Tensor:
+        """Each row's layer [rows, out, in] of attention on h [rows, tokens, in], multiplied by `gain` [rows, in]."""
+        ...
+
     def mlp(self, h: Tensor, up: Tensor, gain: Tensor, down: Tensor) -> Tensor:
         """Each row's SwiGLU MLP on h [rows, tokens, hidden], multiplied by `gain` [rows, hidden] first.
 
@@ -86,21 +102,29 @@ class Operations(Protocol):
 class Plain:
     """As PyTorch runs them."""
 
+    def stream(self, x: Tensor, dtype: torch.dtype) -> Stream:
+        """See `Operations.stream`."""
+        return Stream.plain(x)
+
+    def look_up(self, one_hot: Tensor, table: Tensor) -> Stream:
+        """See `Operations.look_up`."""
+        return Stream.plain(torch.bmm(one_hot.to(table.dtype), table))
+
     def residual(
         self,
-        x: Tensor,
+        x: Stream,
         outs: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         moves: tuple[Tensor | None, Tensor | None],
         sizes: Sequence[int],
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Sequence[Tensor]]:
+    ) -> tuple[Stream, Sequence[Tensor]]:
         """See `Operations.residual`."""
         biased = [
             out if bias is None else out + bias[:, None].to(out.dtype) for out, bias in zip(outs, biases, strict=True)
         ]
-        y: Tensor = _Merge.apply(x, *moves, *biased)
-        return y, norm(y, dtype).split(list(sizes))
+        y: Tensor = _Merge.apply(x.tensor(), *moves, *biased)
+        return Stream.plain(y), norm(y, dtype).split(list(sizes))
 
     def attend(self, joint: Tensor, bias: Tensor, turns: Tensor, heads: int, wanted: int) -> Tensor:
         """See `Operations.attend`."""
@@ -116,6 +140,10 @@ class Plain:
         query = query[:, :, length - wanted :]
         mixed = F.scaled_dot_product_attention(query, key, parts[1][0], attn_mask=seen, is_causal=every)
         return mixed.transpose(1, 2).reshape(rows, tokens // length * wanted, wide // 3)
+
+    def linear(self, h: Tensor, weight: Tensor, gain: Tensor | None) -> Tensor:
+        """See `Operations.linear`."""
+        return product(h, weight, gain)
 
     def mlp(self, h: Tensor, up: Tensor, gain: Tensor, down: Tensor) -> Tensor:
         """See `Operations.mlp`."""
@@ -160,15 +188,24 @@ class Fused:
         self._precision, self._whole_mlp = precision, whole_mlp
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def stream(self, x: Tensor, dtype: torch.dtype) -> Stream:
+        """See `Operations.stream`."""
+        return Stream.narrow(x, dtype)
+
+    def look_up(self, one_hot: Tensor, table: Tensor) -> Stream:
+        """See `Operations.look_up`."""
+        x = torch.bmm(one_hot.to(table.dtype), table.detach())
+        return Stream(x, _LookUp.apply(x, one_hot, table))
+
     def residual(
         self,
-        x: Tensor,
+        x: Stream,
         outs: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         moves: tuple[Tensor | None, Tensor | None],
         sizes: Sequence[int],
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Sequence[Tensor]]:
+    ) -> tuple[Stream, Sequence[Tensor]]:
         """See `Operations.residual`."""
         from composer_search.population.kernels.residual import residual
 
@@ -183,6 +220,12 @@ class Fused:
         if len(turns) not in self._tables:  # kept, since a CUDA graph reads the memory that was there at its capture
             self._tables[len(turns)] = tables(turns)
         return rotary_attention(joint, bias, *self._tables[len(turns)], heads, wanted, precision=self._precision)
+
+    def linear(self, h: Tensor, weight: Tensor, gain: Tensor | None) -> Tensor:
+        """See `Operations.linear`."""
+        from composer_search.population.kernels.linear import fits, linear
+
+        return (linear if fits(h, weight.shape[1]) else product)(h, weight, gain)
 
     def mlp(self, h: Tensor, up: Tensor, gain: Tensor, down: Tensor) -> Tensor:
         """See `Operations.mlp`."""
@@ -219,6 +262,21 @@ def fits_kernels(device: torch.device, settings: TrainSettings) -> bool:
 def norm(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x [..., width] / sqrt(mean(x²) + eps), in the given type."""
     return F.rms_norm(x, (x.shape[-1],), eps=EPS).to(dtype)
+
+
+class _LookUp(torch.autograd.Function):
+    """What autograd follows in place of looked up embeddings: their gradient goes to the table."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, one_hot: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(one_hot, table)
+        return numberless(x, one_hot.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
+        one_hot, table = ctx.saved_tensors
+        of_table, _ = weight_gradients(one_hot, grads[0].contiguous(), table, None)
+        return None, None, of_table
 
 
 class _Merge(torch.autograd.Function):

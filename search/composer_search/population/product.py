@@ -43,7 +43,11 @@ def weight_gradients(grad: Tensor, h: Tensor, weight: Tensor, gain: Tensor | Non
     """The gradients of weight and gain, given the layer's input h [rows, tokens, in] and its output's gradient."""
     parts = token_parts(weight, h.shape[1]) if h.is_cuda else 1
     of_parts = torch.bmm(grad.view(len(h) * parts, -1, grad.shape[2]).mT, h.reshape(len(h) * parts, -1, h.shape[2]))
-    whole = of_parts.view(len(h), parts, *weight.shape[1:]).sum(1, dtype=weight.dtype)
+    return gain_gradients(of_parts.view(len(h), parts, *weight.shape[1:]).sum(1, dtype=weight.dtype), weight, gain)
+
+
+def gain_gradients(whole: Tensor, weight: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gradients of weight and gain, given that of their product `whole` [rows, out, in]."""
     return (whole, None) if gain is None else (whole * gain[:, None], (whole * weight).sum(1))
 
 

@@ -13,8 +13,8 @@ two programs add to the same number: the same inputs give the same bits.
 Bytes for a token of H channels of 16 bits: forward reads 3H numbers and writes 3H of `turned` and H, 14H bytes;
 backward reads 5H and writes 3H, 16H bytes, and moves up to 8H of `scratch` and more where the caches do not hold it.
 
-Measured on an H100 on 23 November 2026, forward and backward in ns a token of 128 channels: 1.01 and 2.62 of 128
-positions, 1.29 and 3.52 of 256. What lost there: tiles of 16 and of 32 positions, 2 and 8 warps, two heads a program
+Measured on an H100 on 24 November 2026, forward and backward in ns a token of 128 channels: 1.03 and 2.13 of 128
+positions, 1.29 and 2.83 of 256. What lost there: tiles of 16 and of 32 positions, 2 and 8 warps, two heads a program
 and more, and to load for two rounds at once, 1.17 and 3.62 of 128 positions: hence `num_stages=1`.
 
 The mixture may be asked for at the last positions of each sequence alone (LAST). Tiles of queries before them are then
@@ -51,13 +51,6 @@ NEVER = tl.constexpr(1e30)
 
 PREPARED_NUMBERS = 1024
 """Numbers of each part that are turned at once, PREPARED positions."""
-
-REGISTERS = 128
-"""Of a thread in the backward pass, for heads of 8 channels in 16 bits.
-
-Left alone it takes 163, of which a multiprocessor of an H100 holds three programs. So it holds four, and six numbers go
-to memory once a tile of keys: 2.51 ns a token instead of 2.80 at 128 positions, 3.18 instead of 3.40 at 256.
-"""
 
 
 @triton.jit
@@ -320,9 +313,7 @@ def head_bytes(length: int, width: int, dtype: torch.dtype) -> tuple[float, floa
 
 def default_launch(length: int, width: int, dtype: torch.dtype) -> Launch:
     """The fastest of those measured, for heads of 8 channels in 16 bits; a tile of fp32 has room for half of it."""
-    if dtype.itemsize > 2:
-        return Launch(32, 2)
-    return Launch(64, 4, REGISTERS if channels(width)["WIDE"] == 8 else None)
+    return Launch(32, 2) if dtype.itemsize > 2 else Launch(64, 4)
 
 
 def _constants(width: int, launch: Launch) -> dict[str, int]:
@@ -376,7 +367,7 @@ def backward(
     _backward_kernel[(sequences * heads,)](
         turned, cosine, sine, mixed, dmixed.contiguous(), sums, delta, scratch, djoint, dbias, length, wanted, padded,
         width**-0.5,
-        HEADS=heads, PIECES=pieces, PRECISION=precision, LAST=wanted < length, maxnreg=launch.registers,
+        HEADS=heads, PIECES=pieces, PRECISION=precision, LAST=wanted < length,
         **_constants(width, launch),
     )  # fmt: skip
     return djoint, dbias.sum(1)

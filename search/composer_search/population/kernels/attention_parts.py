@@ -19,11 +19,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 class Launch(NamedTuple):
-    """Positions of a tile, warps of a program, and registers of a thread at most in the backward pass, if limited."""
+    """Positions of a tile, and warps of a program."""
 
     positions: int
     warps: int
-    registers: int | None = None
 
 
 def channels(width: int) -> dict[str, int]:

@@ -3,11 +3,11 @@
 For the row at place s before and t after, with out the output of its block, if it has one, and b that block's bias:
 
     y[t] = x[s] + out[s] + b[s]        r = 1 / √(mean(y²) + eps)        h[t] = r · y[t]
-    dy' = dy[t] + r · (dh[t] - h[t] · mean(dh[t] · h[t]))               dx[s] = dout[s] = dy'
+    dx[s] = dout[s] = dy[t] + r · (dh[t] - h[t] · mean(dh[t] · h[t]))
 
 Bytes for a token of H channels, the stream in fp32 and the rest in 16 bits: forward reads x and out and writes y and h,
-12H; backward reads dy, dh and h and writes dx and dout, 14H. PyTorch's operations one after the other move four times
-as much. Backward takes h as rounded as it is, like dh: y, twice the bytes, is not kept.
+12H; backward reads dy, dh and h and writes dx, which is dout, 8H. PyTorch's operations one after the other move five
+times as much. Backward takes h as rounded as it is, like dh: y, twice the bytes, is not kept.
 
 Each group before has an output of its own, and each group after a normalised stream, so that no gradient of parts has
 to be put together. Forward is launched once for each group before, backward once for each group after.
@@ -25,6 +25,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from composer_search.population.stream import Stream, numberless
 
 BLOCK_NUMBERS = 4096
 """Numbers a program handles: 32 a thread."""
@@ -58,12 +60,12 @@ def _forward_kernel(
     tl.store(roots_ptr + target * tokens + token, root, mask=token < tokens)
 
 
-@triton.jit(do_not_specialize=["first", "added"])
+@triton.jit(do_not_specialize=["first"])
 def _backward_kernel(
     dy_ptr: tl.tensor, dh_ptr: tl.tensor, h_ptr: tl.tensor, roots_ptr: tl.tensor, order_ptr: tl.tensor,
-    dx_ptr: tl.tensor, dout_ptr: tl.tensor, dbias_ptr: tl.tensor, first: tl.tensor, tokens: tl.tensor, added: tl.tensor,
+    dx_ptr: tl.tensor, dbias_ptr: tl.tensor, first: tl.tensor, tokens: tl.tensor,
     HIDDEN: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-    MOVE: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, DY: tl.constexpr, DH: tl.constexpr,
+    MOVE: tl.constexpr, BIAS: tl.constexpr, DY: tl.constexpr, DH: tl.constexpr,
 ) -> None:  # fmt: skip
     member = tl.program_id(1).to(tl.int64)
     target = first + member
@@ -74,17 +76,14 @@ def _backward_kernel(
     offset = token[:, None] * HIDDEN + channel[None, :]
     dx = tl.zeros([BLOCK, WIDE], tl.float32)
     if DY:
-        dx += tl.load(dy_ptr + target * tokens * HIDDEN + offset, mask=mask, other=0.0)
+        dx += tl.load(dy_ptr + target * tokens * HIDDEN + offset, mask=mask, other=0.0).to(tl.float32)
     if DH:
         h = tl.load(h_ptr + target * tokens * HIDDEN + offset, mask=mask, other=0.0).to(tl.float32)
         dh = tl.load(dh_ptr + member * tokens * HIDDEN + offset, mask=mask, other=0.0).to(tl.float32)
         root = tl.load(roots_ptr + target * tokens + token, mask=token < tokens, other=0.0)
         along = tl.sum(dh * h, 1) / HIDDEN
         dx += root[:, None] * (dh - h * along[:, None])
-    tl.store(dx_ptr + source * tokens * HIDDEN + offset, dx, mask=mask)
-    if ADD:  # rows without a block come last
-        dout = dx.to(dout_ptr.dtype.element_ty)
-        tl.store(dout_ptr + source * tokens * HIDDEN + offset, dout, mask=mask & (source < added))
+    tl.store(dx_ptr + source * tokens * HIDDEN + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if BIAS:
         place = (source * tl.num_programs(0) + tl.program_id(0)) * HIDDEN + channel
         tl.store(dbias_ptr + place, tl.sum(dx, 0), mask=channel < HIDDEN)
@@ -95,8 +94,8 @@ class _Residual(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, moves: Moves, sizes: Sequence[int], dtype: torch.dtype, eps: float, biased: Sequence[bool],
-        *rest: Tensor,
+        ctx: Any, x: Tensor, traced: Tensor, moves: Moves, sizes: Sequence[int], dtype: torch.dtype, eps: float,
+        biased: Sequence[bool], *rest: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         outs, biases = rest[: len(biased)], iter(rest[len(biased) :])
         order, back = moves
@@ -113,29 +112,28 @@ class _Residual(torch.autograd.Function):
             )  # fmt: skip
         ctx.save_for_backward(h, roots, order)
         ctx.sizes, ctx.biased, ctx.of_outs = sizes, biased, [len(out) for out in outs]
-        ctx.narrow = outs[0].dtype if outs else dtype
         ctx.set_materialize_grads(False)
-        return y, *h.split(sizes)
+        ctx.mark_non_differentiable(y)
+        return y, numberless(y, dtype), *h.split(sizes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         h, roots, order = ctx.saved_tensors
-        dy, *dhs = (None if grad is None else grad.contiguous() for grad in grads)
+        dy, *dhs = (None if grad is None else grad.contiguous() for grad in grads[1:])
         added, (rows, tokens, hidden) = sum(ctx.of_outs), h.shape
-        dx = torch.empty_like(h, dtype=roots.dtype)
-        dout = h.new_empty(added, tokens, hidden, dtype=ctx.narrow)
-        dbias = roots.new_empty(rows, _grid(h, rows)[0][0], hidden) if any(ctx.biased) else dx
+        dx = torch.empty_like(h)
+        dbias = roots.new_empty(rows, _grid(h, rows)[0][0], hidden) if any(ctx.biased) else roots
         for (first, size), dh in zip(_groups(ctx.sizes, rows), dhs, strict=True):
             grid, shape = _grid(h, size)
             _backward_kernel[grid](
-                dx if dy is None else dy, h if dh is None else dh, h, roots, dx if order is None else order, dx, dout,
-                dbias, first, tokens, added,
-                **shape, MOVE=order is not None, ADD=added > 0, BIAS=any(ctx.biased), DY=dy is not None,
-                DH=dh is not None, num_warps=4,
+                dx if dy is None else dy, h if dh is None else dh, h, roots, dx if order is None else order, dx, dbias,
+                first, tokens,
+                **shape, MOVE=order is not None, BIAS=any(ctx.biased), DY=dy is not None, DH=dh is not None,
+                num_warps=4,
             )  # fmt: skip
         parts = zip(dbias[:added].split(ctx.of_outs), ctx.biased, strict=True)
         dbiases = (part.sum(1) for part, has in parts if has)
-        return dx, *[None] * 5, *dout.split(ctx.of_outs), *dbiases
+        return None, dx, *[None] * 5, *dx[:added].split(ctx.of_outs), *dbiases
 
 
 def _groups(sizes: Sequence[int], rows: int) -> Iterator[tuple[int, int]]:
@@ -157,23 +155,23 @@ def _grid(x: Tensor, rows: int) -> tuple[tuple[int, int], dict[str, int]]:
 
 
 def residual(
-    x: Tensor,
+    x: Stream,
     outs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     moves: Moves,
     sizes: Sequence[int],
     dtype: torch.dtype,
     eps: float,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Stream, list[Tensor]]:
     """Add the groups' outputs to the stream, re-order the rows and normalise.
 
     Args:
-        x: The stream [rows, tokens, hidden], fp32.
-        outs: Each group's output [rows of the group, tokens, hidden], the groups in the order of their rows.
+        x: The stream [rows, tokens, hidden], fp32, with a gradient in `dtype`.
+        outs: Each group's output [rows of the group, tokens, hidden] in `dtype`, the groups in the order of their rows.
         biases: Each group's bias [rows of the group, hidden], fp32, or None.
         moves: For each place after, the place before, and the inverse; None where all stay.
         sizes: Rows of each part of the new order; all rows together.
-        dtype: Of the normalised stream.
+        dtype: Of the normalised stream and of the gradients.
         eps: Of the norm.
 
     Returns:
@@ -182,5 +180,5 @@ def residual(
     biased = [bias is not None for bias in biases]
     given = [bias for bias in biases if bias is not None]
     own = [out.contiguous() for out in outs]
-    y, *parts = _Residual.apply(x.contiguous(), moves, sizes, dtype, eps, biased, *own, *given)
-    return y, parts
+    y, traced, *parts = _Residual.apply(x.values.contiguous(), x.traced, moves, sizes, dtype, eps, biased, *own, *given)
+    return Stream(y, traced), parts
