@@ -54,13 +54,11 @@ def _of_gpu(results: Results, gpu: str) -> str:
 
 def _training_lines(results: Results, gpu: str) -> list[str]:
     rows = [row for row in results.training if row["source"].gpu == gpu]
-    backends = {row["backend"] for row in rows if comparable(row)}
-    ours = OURS if OURS in backends else min(backends, default=None)
     lines = []
     for shape in sorted({row["shape"] for row in rows if row["model"] == "llama"}):
         of_shape = [row for row in rows if row["shape"] == shape]
         cells = {length: [row for row in of_shape if row["seq_len"] == length] for length in _lengths(of_shape)}
-        pairs = {length: pair for length, cell in cells.items() if (pair := _pair(cell, ours)) is not None}
+        pairs = {length: pair for length, cell in cells.items() if (pair := _pair(cell, OURS)) is not None}
         if not pairs:
             continue
         first = next((length for length, pair in pairs.items() if _beside_peer(cells[length], pair[0])), min(pairs))
@@ -68,11 +66,10 @@ def _training_lines(results: Results, gpu: str) -> list[str]:
         rates = " and ".join(f"{row['tflops']:.0f}{_mfu(row)}" for row in (stacked, llama))
         lines.append(
             f"training {shape} at {first:,} tokens: {_thousands(stacked)} with the Composite, {_thousands(llama)} with "
-            f"Llama ({_gain(stacked, llama)}), {rates} TFLOP/s{_beside_peer(cells[first], stacked)}, backend {ours}"
+            f"Llama ({_gain(stacked, llama)}), {rates} TFLOP/s{_beside_peer(cells[first], stacked)}"
         )
-        if ours == OURS:
-            lines += [said for name in VARIANTS if (said := _variant(cells[first], name, _step_tokens(stacked)))]
-            lines += [said for name in MEGATRON if (said := _beside_megatron(cells[first], name))]
+        lines += [said for name in VARIANTS if (said := _variant(cells[first], name, _step_tokens(stacked)))]
+        lines += [said for name in MEGATRON if (said := _beside_megatron(cells[first], name))]
         if pairs:
             others = (f"{_thousands(a)} at {length:,} ({_gain(a, b)})" for length, (a, b) in pairs.items())
             lines.append(f"training {shape} by length, the Composite and its gain over Llama: {', '.join(others)}")
@@ -87,7 +84,7 @@ def _gain(row: Row, other: Row) -> str:
     return f"x{row['tokens_per_second'] / other['tokens_per_second']:.3f}"
 
 
-def _pair(rows: Sequence[Row], backend: str | None) -> tuple[Row, Row] | None:
+def _pair(rows: Sequence[Row], backend: str) -> tuple[Row, Row] | None:
     """The fastest Composite on a backend and the Llama of the same file; None where no file has both."""
     found = []
     for source in {id(row["source"]): row["source"] for row in rows}.values():
