@@ -116,7 +116,7 @@ def products_alone(x: Inputs) -> Tensor:
     """The three products, in the chunks that `linear_cross_entropy` takes with `main_grad`."""
     hidden, weight = x.hidden.detach(), x.weight.detach()
     result = torch.empty_like(hidden)
-    step = default_chunk_rows(len(hidden), len(weight), BF16.itemsize)
+    step = default_chunk_rows(len(hidden), hidden.shape[1], len(weight), BF16.itemsize)
     buffer = hidden.new_empty(step, -(-len(weight) // 16) * 16)[:, : len(weight)]
     for start in range(0, len(hidden), step):
         part = hidden[start : start + step]
@@ -179,7 +179,7 @@ def tune(rows: int, features: int, columns: int, limits: Ceilings) -> Iterator[R
     case = f"{rows} x {features} x {columns}"
     x = Inputs.draw(rows, features, columns)
     hidden, weight = x.hidden.detach(), x.weight.detach()
-    for step in sorted({1024, 1536, 2048, default_chunk_rows(rows, columns, 2), 4096, 8192}):
+    for step in sorted({1024, 1536, 2048, default_chunk_rows(rows, features, columns, 2), 4096, 8192}):
         for name, main_grad in (("main_grad", x.main_grad), ("no main_grad", None)):
 
             def call(step: int = step, main_grad: Tensor | None = main_grad) -> Any:

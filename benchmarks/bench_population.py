@@ -34,7 +34,7 @@ WIDTHS = Widths()
 BATCH = 128
 BF16 = torch.bfloat16
 LENGTHS, TUNED_LENGTHS = (32, 128, 256), (32, 64, 128, 272, 512)
-TILES = [Launch(*each) for each in ((32, 1), (32, 2), (64, 2), (64, 4), (64, 4, 128), (64, 4, 112))]
+TILES = [Launch(*each) for each in ((32, 1), (32, 2), (64, 2), (64, 4))]
 """Of attention over sequences of several tiles, what comes near the fastest."""
 
 MLPS = [

@@ -211,7 +211,8 @@ def apart_contenders(shape: Shape) -> Contenders:
         return turn
 
     return {
-        "composer": lambda: on_both(lambda x: rope.rope(x, *cos_sin)),
+        "composer": lambda: lambda q, k: rope.rope_qk(q, k, *cos_sin),
+        "composer, one by one": lambda: on_both(lambda x: rope.rope(x, *cos_sin)),
         "composer, angles": lambda: on_both(lambda x: rope.fused_apply_rotary_pos_emb(x, frequencies)),
         "te, angles": transformer_engine,
         "quack": quack,

@@ -106,10 +106,10 @@ def tune_swiglu(rows: int, width: int, limit: float) -> list[Row]:
     def backward(index: int, launch: object) -> Sequence[Tensor | None]:
         return ours.launch_backward(dys[index], packed[index], None, None, launch)
 
-    tensor, default = 2 * rows * width, ours.default_launch(width)
+    tensor = 2 * rows * width
     shape = f"{rows} x {width}"
-    return tune(f"forward {shape}", 3 * tensor, limit, forward, default, launches(width)) + tune(
-        f"backward {shape}", 5 * tensor, limit, backward, default, launches(width)
+    return tune(f"forward {shape}", 3 * tensor, limit, forward, ours.forward_launch(width), launches(width)) + tune(
+        f"backward {shape}", 5 * tensor, limit, backward, ours.backward_launch(width), launches(width)
     )
 
 

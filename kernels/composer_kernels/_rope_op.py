@@ -1,7 +1,7 @@
 """Rotary embedding in plain PyTorch, as operators of torch.library and for autograd: what `rope` and others call.
 
-Three operations on what `_rope` calls a plan and tables: turn one tensor, split a packed one into turned query, turned
-key and value, and join such three. Each one's gradient is another of them with the angle negated.
+Four operations on what `_rope` calls a plan and tables: turn one tensor, turn two, split a packed one into turned
+query, turned key and value, and join such three. Each one's gradient is one of them with the angle negated.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from composer_kernels._launch import Function, runs_kernel
-from composer_kernels._rope import Plan, Tables, launch_join, launch_split, launch_turn, value_view
+from composer_kernels._rope import Plan, Tables, launch_join, launch_pair, launch_split, launch_turn, value_view
 
 
 def turn(x: Tensor, tables: Tables, plan: Plan) -> Tensor:
@@ -30,6 +30,13 @@ def turn_(x: Tensor, tables: Tables, plan: Plan) -> Tensor:
         return _TurnInPlace.apply(x, *tables, plan)
     torch.autograd.graph.increment_version(x)
     return compute_turn(x, tables, plan, in_place=True)
+
+
+def turn_pair(q: Tensor, k: Tensor, tables: Tables, plan: Plan) -> tuple[Tensor, Tensor]:
+    """`q` and `k` with their heads turned: new tensors. The plan is that of `q`."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return _TurnPair.apply(q, k, *tables, plan)
+    return _both_turned(q, k, tables, plan)
 
 
 def split(qkv: Tensor, tables: Tables, plan: Plan, copy_value: bool | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,6 +74,19 @@ class _TurnInPlace(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return turn(dy, Tables(*ctx.saved_tensors), ctx.plan.back()), None, None, None, None
+
+
+class _TurnPair(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor | None, cu_seqlens: Tensor | None, plan: Plan
+    ) -> tuple[Tensor, Tensor]:
+        _remember(ctx, cos, sin, cu_seqlens, plan)
+        return _both_turned(q, k, Tables(cos, sin, cu_seqlens), plan)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        return *turn_pair(dq, dk, Tables(*ctx.saved_tensors), ctx.plan.back()), None, None, None, None
 
 
 class _Split(Function):
@@ -122,6 +142,12 @@ def _turned(x: Tensor, tables: Tables, plan: Plan) -> Tensor:
     return compute_turn(x, tables, plan)
 
 
+def _both_turned(q: Tensor, k: Tensor, tables: Tables, plan: Plan) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        return _pair_op(q, k, *tables, list(plan))
+    return compute_pair(q, k, tables, plan)
+
+
 def _parts(qkv: Tensor, tables: Tables, plan: Plan, copy_value: bool) -> tuple[Tensor, Tensor, Tensor]:
     if not torch.compiler.is_compiling():
         return compute_split(qkv, tables, plan, copy_value)
@@ -147,6 +173,13 @@ def compute_turn(x: Tensor, tables: Tables, plan: Plan, in_place: bool = False) 
     return x.copy_(y) if in_place else y
 
 
+def compute_pair(q: Tensor, k: Tensor, tables: Tables, plan: Plan) -> tuple[Tensor, Tensor]:
+    """`launch_pair`, or the same in plain PyTorch where no kernel runs."""
+    if runs_kernel(q):
+        return launch_pair(q, k, tables, plan)
+    return turn_reference(q, tables, plan), turn_reference(k, tables, plan)
+
+
 def compute_split(qkv: Tensor, tables: Tables, plan: Plan, copy_value: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`launch_split`, or the same in plain PyTorch where no kernel runs."""
     if runs_kernel(qkv):
@@ -170,6 +203,20 @@ def _turn_op(x: Tensor, cos: Tensor, sin: Tensor | None, cu_seqlens: Tensor | No
 @_turn_op.register_fake
 def _(x: Tensor, cos: Tensor, sin: Tensor | None, cu_seqlens: Tensor | None, plan: list[int]) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("composer_kernels::rope_pair", mutates_args=())
+def _pair_op(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor | None, cu_seqlens: Tensor | None, plan: list[int]
+) -> tuple[Tensor, Tensor]:
+    return compute_pair(q, k, Tables(cos, sin, cu_seqlens), Plan(*plan))  # type: ignore[arg-type]
+
+
+@_pair_op.register_fake
+def _(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor | None, cu_seqlens: Tensor | None, plan: list[int]
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 @torch.library.custom_op("composer_kernels::rope_split", mutates_args=())

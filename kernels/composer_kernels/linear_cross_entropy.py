@@ -47,11 +47,17 @@ CHUNK_BYTES_WITH_DWEIGHT = 1152 * 2**20
 """The same where dweight is allocated anyway: fewer chunks, and 4096 rows x 131072 columns need no fp32 sum of it."""
 
 
-def default_chunk_rows(rows: int, vocab: int, itemsize: int, budget: int = CHUNK_BYTES) -> int:
-    """Rows of a chunk: equally many in all chunks up to 128, at most `budget` bytes of logits, or 128 rows."""
+def default_chunk_rows(rows: int, features: int, vocab: int, itemsize: int, budget: int = CHUNK_BYTES) -> int:
+    """Rows of a chunk: as few chunks as `budget` bytes of logits allow, or of 128 rows, and about equally many in each.
+
+    Each chunk adds to dweight once more. Where they fit, rows come in steps that make 2^22 elements of dhidden: 128
+    tiles of 128 x 256, a full round for a GPU of 132 multiprocessors. A last round of fewer tiles takes as long.
+    """
     most = max(128, budget // (vocab * itemsize) // 128 * 128)
     chunks = max(1, -(-rows // most))
-    return max(1, min(rows, -(-rows // (128 * chunks)) * 128))
+    full = max(128, 2**22 // features // 128 * 128)
+    in_rounds, even = (-(-rows // (step * chunks)) * step for step in (full, 128))
+    return max(1, min(rows, in_rounds if in_rounds <= most else even))
 
 
 @dataclass(frozen=True)
@@ -387,7 +393,7 @@ def linear_cross_entropy(
     flat, labels = _flatten(hidden), target.reshape(-1)
     if chunk_rows is None:
         budget = CHUNK_BYTES_WITH_DWEIGHT if main_grad is None else CHUNK_BYTES
-        chunk_rows = default_chunk_rows(len(flat), width, hidden.element_size(), budget)
+        chunk_rows = default_chunk_rows(len(flat), flat.shape[1], width, hidden.element_size(), budget)
     plan = _Plan(terms, group, reduce_hidden_grad, chunk_rows)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     share = mean_scale(labels, ignore_index, wide) if reduction == "mean" else labels.new_ones(1, dtype=wide)

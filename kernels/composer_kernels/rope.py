@@ -10,6 +10,7 @@ through (partial rotation). Backward turns gradients by the negative angle and n
 Bytes for R tokens of nq query and nk key heads of D 16-bit elements:
 
     rope        one tensor of n heads to a new one, or `rope_` in place                              4RnD
+    rope_qk     query and key to new ones, in one launch                                      4R(nq + nk)D
     rope_qkv    packed to query, key and, where copied, value      4R(nq + nk)D, and with the value  4R(nq + 2nk)D
     rope_qkv_   packed, in place, the value left alone: forward 4R(nq + nk)D; backward               4R(nq + 2nk)D
 
@@ -35,8 +36,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composer_kernels._launch import describe
-from composer_kernels._rope_op import split, split_reference, turn, turn_, turn_reference
+from composer_kernels._launch import check_dtypes, describe
+from composer_kernels._rope_op import split, split_reference, turn, turn_, turn_pair, turn_reference
 from composer_kernels._rope_rules import check, settle
 
 
@@ -91,6 +92,34 @@ def rope_(t: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Tensor:
     """
     _check_writable("rope_", "t", t)
     return turn_(t, *settle("rope_", t, _heads("rope_", t), cos, sin, **options))
+
+
+def rope_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """`rope` of query and key in one launch, which ends once and not twice.
+
+    Args:
+        q: (s, b, n, D) or (t, n, D), as for `rope`.
+        k: The same but for the number of heads.
+        cos: As for `rope`.
+        sin: As for `rope`.
+        **options: Those of `rope`.
+
+    Returns:
+        Both turned, shaped like `q` and `k`, contiguous.
+
+    Raises:
+        TypeError: As `rope`.
+        ValueError: As `rope`, and for a key that does not belong to the query.
+    """
+    check_dtypes("rope_qk", q=q.dtype, k=k.dtype, cos=cos.dtype, sin=sin.dtype)
+    heads = _heads("rope_qk", q, "q")
+    shape = k.shape
+    fits = len(shape) == q.dim() and shape[:-2] == q.shape[:-2] and shape[-1] == heads[2] and shape[-2] > 0
+    if not fits or k.dtype != q.dtype or k.device != q.device:
+        raise ValueError(
+            f"rope_qk: k must be as q is, {describe(q)}, but for the number of heads, from 1; given {describe(k)}"
+        )
+    return turn_pair(q, k, *settle("rope_qk", q, heads, cos, sin, **options))
 
 
 def rope_qkv(
@@ -272,9 +301,9 @@ def apply_fused_qkv_rotary_pos_emb(
     return split(packed, *settle(op, packed, heads, angles, None, interleaved), None)
 
 
-def _heads(op: str, t: Tensor) -> tuple[int, int, int]:
+def _heads(op: str, t: Tensor, name: str = "t") -> tuple[int, int, int]:
     if t.dim() not in (3, 4):
-        raise ValueError(f"{op}: t must be (s, b, n, D) or (t, n, D); given {describe(t)}")
+        raise ValueError(f"{op}: {name} must be (s, b, n, D) or (t, n, D); given {describe(t)}")
     return t.shape[-2], 0, t.shape[-1]
 
 

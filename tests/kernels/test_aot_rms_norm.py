@@ -35,8 +35,8 @@ def test_backward(width, stream, architecture, compile_ahead, assert_as_recorded
     pin = launch.pin and launch.block >= width
     constants = (width, launch.block, launch.rows, False, pin, launch.stages, architecture >= 90)
     resources = compile_ahead(_norm._backward_kernel, architecture, types, constants, num_warps=launch.warps)
-    # Two registers in the launch that was timed as the fastest at 4096 columns (sm_90), four at 8192 in fp32 (sm_80).
-    assert resources["spilled_bytes"] <= 16
+    # At most four registers, in the launch that was timed as the fastest at 8192 columns with an fp32 stream.
+    assert resources["spilled_bytes"] <= (16 if (width, stream) == (8192, "fp32") else 0)
     if launch.block >= width:  # all programs of a multiprocessor run at once
         assert launch.programs * launch.warps * 32 * resources["registers"] <= 65536
     assert_as_recorded(f"backward, {width} wide, residual {stream}, sm_{architecture}", resources)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from composer_kernels.cross_entropy import cross_entropy_reference
 from composer_kernels.linear_cross_entropy import (
     CHUNK_BYTES,
+    CHUNK_BYTES_WITH_DWEIGHT,
     default_chunk_rows,
     linear_cross_entropy,
     linear_cross_entropy_reference,
@@ -249,18 +250,26 @@ def test_compiled_without_a_break(device, reduction, with_main_grad):
 
 
 def test_chunks_fit():
-    for rows, vocab, itemsize in (
-        (16384, 128256, 2),
-        (4096, 128256, 2),
-        (100, 128256, 2),
-        (50000, 50304, 2),
-        (1, 7, 4),
+    for rows, features, vocab, itemsize, step in (
+        (16384, 4096, 128256, 2, 1024),
+        (4096, 4096, 128256, 2, 1024),
+        (8192, 8192, 128256, 2, 512),
+        (16384, 2048, 128256, 2, 128),
+        (16384, 65536, 128256, 2, 128),
+        (100, 4096, 128256, 2, 1024),
+        (50000, 1024, 50304, 2, 128),
+        (1, 3, 7, 4, 2**22 // 3 // 128 * 128),
     ):
-        chunk = default_chunk_rows(rows, vocab, itemsize)
-        assert chunk * vocab * itemsize <= CHUNK_BYTES and 1 <= chunk <= max(rows, 1)
+        chunk = default_chunk_rows(rows, features, vocab, itemsize)
+        most = CHUNK_BYTES // (vocab * itemsize) // 128 * 128
+        assert 1 <= chunk <= min(rows, most)
+        assert chunk % step == 0 or chunk == rows
         chunks = -(-rows // chunk)
-        assert rows - (chunks - 1) * chunk > chunk - 128 * chunks  # the last is nearly as large as the others
-    assert default_chunk_rows(0, 100, 2) == 1 and default_chunk_rows(1000, 2**31, 4) == 128
+        assert chunks == -(-rows // most)  # as few as fit
+        assert rows - (chunks - 1) * chunk > chunk - step * chunks  # the last is nearly as large as the others
+    assert default_chunk_rows(16384, 4096, 128256, 2) == 3072 and default_chunk_rows(4096, 4096, 128256, 2) == 2048
+    assert default_chunk_rows(4096, 3072, 131072, 2, CHUNK_BYTES_WITH_DWEIGHT) == 4096  # one, which needs no sum
+    assert default_chunk_rows(0, 1, 100, 2) == 1 and default_chunk_rows(1000, 2**23, 2**31, 4) == 128
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,10 @@ def test_rows_too_wide_for_registers(shape, device, assert_as_good, monkeypatch)
         assert_as_good(ours, theirs, true)
 
 
-@pytest.mark.parametrize("launch", [Launch(64, 4, 4, pin=False), Launch(64, 1, 8, stages=2, programs=2)])
+@pytest.mark.parametrize(
+    "launch",
+    [Launch(64, 4, 4, pin=False), Launch(64, 1, 8, stages=2, programs=2), Launch(64, 1, 4, programs=3, pin=False)],
+)
 def test_every_backward_launch_adds_all_rows(launch, device):
     x, weight, dy = draw((29, 48), torch.float32, device)
     _, _, rstd = _norm.launch_forward(x.detach(), None, weight.detach(), EPS, False, torch.float32)

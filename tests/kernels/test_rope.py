@@ -16,6 +16,7 @@ from composer_kernels.rope import (
     fused_apply_rotary_pos_emb_thd,
     rope,
     rope_,
+    rope_qk,
     rope_qkv,
     rope_qkv_,
     rope_qkv_reference,
@@ -356,12 +357,13 @@ def test_every_launch_covers_all_elements(launch, device):
     [(32, 8), (32, 0), (8, 0), (40, 8), (28, 4), (14, 2), (16, 1), (12, 12), (24, 8), (7, 7), (1, 0)],
 )
 @pytest.mark.parametrize("with_v", [False, True])
-def test_default_launch_wastes_at_most_an_eighth(heads, groups, with_v):
-    launch = _rope.default_launch(heads, groups, with_v, 64)
+@pytest.mark.parametrize("half", [32, 64])
+def test_default_launch_wastes_at_most_an_eighth(heads, groups, with_v, half):
+    launch = _rope.default_launch(heads, groups, with_v, half)
     parts = (heads, groups, groups * with_v)
     padded = sum(-(-n // launch.heads) * launch.heads for n in parts)
     assert padded <= 9 / 8 * sum(parts)
-    assert launch.tokens * launch.heads * 64 == 2048
+    assert launch.tokens * launch.heads * half == 512 * launch.warps
 
 
 @pytest.mark.usefixtures("_both_ways")
@@ -432,6 +434,31 @@ def test_in_place_is_in_place_and_known_to_autograd(device):
                     squares.sum().backward()
 
 
+@pytest.mark.usefixtures("_both_ways")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("heads", "groups", "batch"), [(8, 2, 2), (3, 3, 1), (2, 5, None)])
+@pytest.mark.parametrize("options", [{}, {"interleaved": True, "position_offset": 2}, {"cp_size": 2, "cp_rank": 1}])
+def test_query_and_key_at_once_as_one_by_one(dtype, heads, groups, batch, options, device):
+    """To the bit, also their gradients and those of one of them, wherever heads lie."""
+    angles = angles_of(16, 3, device).to(torch.promote_types(dtype, torch.float32))
+    tokens = (6,) if batch is None else (6, batch)
+    for apart in (False, True):
+        whole = draw(*tokens, heads + groups, 8, dtype=dtype, device=device).requires_grad_()
+        parts = whole.split((heads, groups), -2)
+        q, k = parts if apart else [part.contiguous() for part in parts]
+        both = rope_qk(q, k, angles.cos(), angles.sin(), **options)
+        alone = [rope(x, angles.cos(), angles.sin(), **options) for x in (q, k)]
+        upstream = [draw(*y.shape, dtype=dtype, device=device, seed=seed) for seed, y in enumerate(alone)]
+        for some in (slice(0, 2), slice(0, 1), slice(1, 2)):
+            gradients = [
+                torch.autograd.grad(ys[some], whole, upstream[some], retain_graph=True)[0] for ys in (both, alone)
+            ]
+            assert torch.equal(*gradients)
+        for one, other in zip(both, alone, strict=True):
+            assert one.is_contiguous()
+            assert torch.equal(one, other)
+
+
 def test_second_backward_gives_the_same_and_leaves_everything(device):
     qkv, tables = draw(3, 2, 64, device=device), [f(angles_of(3, 4, device)).float() for f in (torch.cos, torch.sin)]
     kept = [x.clone() for x in (qkv, *tables)]
@@ -485,6 +512,7 @@ def test_operators_hold_what_they_promise(device):
     as_numbers = [int(value) for value in plan]
     for tables_ in (tables, (angles, None, None)):
         torch.library.opcheck(_rope_op._turn_op, (t, *tables_, [4, 0, 8, *as_numbers]), test_utils=checks)
+        torch.library.opcheck(_rope_op._pair_op, (*parts[:2], *tables_, [4, 0, 8, *as_numbers]), test_utils=checks)
         torch.library.opcheck(_rope_op._turn_op, (qkv, *tables_, [*heads, *as_numbers]), test_utils=checks)
         torch.library.opcheck(_rope_op._join_op, (*parts, *tables_, [*heads, *as_numbers]), test_utils=checks)
         for copy in (False, True):
@@ -502,6 +530,7 @@ def test_compiled_code_gives_the_same_bits(wants_gradient, device):
         q2, k2, v2 = rope_qkv(qkv * 2, *tables, **heads, copy_value=False)
         q3, k3, v3 = heads_of(rope_qkv_(qkv * 3, *tables, **heads), 4, 2, 8)
         k = rope(k, *tables, cp_size=1, interleaved=True) + fused_apply_rotary_pos_emb(k2, freqs)
+        q3, k3 = rope_qk(q3, k3, *tables)
         return q + rope_(q2 * 1, *tables) + q3, k + k3, v + v2 + v3
 
     results = []
@@ -522,6 +551,15 @@ HEADS = {"num_heads": 2, "num_query_groups": 1, "head_dim": 8}
 BAD = [
     (TypeError, "rope: t is int64", rope, (T.long(), COS, COS), {}),
     (TypeError, "rope: cos is float64", rope, (T, COS.double(), COS), {}),
+    (TypeError, "rope_qk: k is int64", rope_qk, (T, T.long(), COS, COS), {}),
+    (ValueError, r"rope_qk: q must be \(s, b, n, D\)", rope_qk, (COS, COS, COS, COS), {}),
+    (ValueError, r"k must be as q is, float32 \(4, 1, 2, 8\).* given float32 \(4, 1, 2, 6\)", rope_qk,
+     (T, T[..., :6], COS, COS), {}),
+    (ValueError, "k must be as q is", rope_qk, (T, T[:3], COS, COS), {}),
+    (ValueError, "k must be as q is", rope_qk, (T, T[:, :, :0], COS, COS), {}),
+    (ValueError, "k must be as q is", rope_qk, (T, T.bfloat16(), COS, COS), {}),
+    (ValueError, "k must be as q is", rope_qk, (T, T.to("meta"), COS, COS), {}),
+    (ValueError, "rope_qk: position_offset is -1", rope_qk, (T, T, COS, COS), {"position_offset": -1}),
     (TypeError, "rope_qkv: qkv is int64", rope_qkv, (QKV.long(), COS, COS), HEADS),
     (ValueError, r"rope: t must be \(s, b, n, D\).*float32 \(8, 4\)", rope, (COS, COS, COS), {}),
     (ValueError, r"cos is float32 \(8, 5\).* from 1 to half of a head's 8", rope, (T, *[torch.ones(8, 5)] * 2), {}),

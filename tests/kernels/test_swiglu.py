@@ -109,9 +109,10 @@ def test_every_launch_covers_all_elements(launch, device):
         torch.testing.assert_close(one.double(), wanted, rtol=1e-5, atol=1e-6)  # a few roundings in fp32
 
 
+@pytest.mark.parametrize("choose", [op.forward_launch, op.backward_launch])
 @pytest.mark.parametrize("width", [1, 37, 512, 768, 3072, 4096, 8192, 11008, 14336, 28672])
-def test_default_launch_wastes_at_most_a_quarter(width):
-    launch = op.default_launch(width)
+def test_default_launches_waste_at_most_a_quarter(width, choose):
+    launch = choose(width)
     covered = -(-width // launch.block) * launch.block
     assert covered < 2 * width
     assert width < 512 or covered <= width * 4 / 3
