@@ -19,8 +19,9 @@ from session import Session, session
 from timing import Call, Ceilings, Row, contend, in_turns, measure, relative_error
 from torch import Tensor
 
+from composer_kernels._linear_loss_chunks import default_chunk_rows
 from composer_kernels.cross_entropy import cross_entropy_reference
-from composer_kernels.linear_cross_entropy import default_chunk_rows, linear_cross_entropy
+from composer_kernels.linear_cross_entropy import linear_cross_entropy
 
 BF16 = torch.bfloat16
 QUICK = [(4096, 4096, 128256), (16384, 4096, 128256)]  # rows, features, columns

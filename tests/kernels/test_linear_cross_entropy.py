@@ -8,14 +8,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from composer_kernels._linear_loss_chunks import CHUNK_BYTES, CHUNK_BYTES_WITH_DWEIGHT, default_chunk_rows
 from composer_kernels.cross_entropy import cross_entropy_reference
-from composer_kernels.linear_cross_entropy import (
-    CHUNK_BYTES,
-    CHUNK_BYTES_WITH_DWEIGHT,
-    default_chunk_rows,
-    linear_cross_entropy,
-    linear_cross_entropy_reference,
-)
+from composer_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PLAIN = {}
