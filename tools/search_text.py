@@ -261,7 +261,8 @@ def compare(folder: Path, losses: Path, work: Path) -> None:
     if missing := sorted(set(text.sequences) - set(mad.sequences), key=str):
         raise UsageError(f"{losses} has {missing[0]}, which has no score in {folder / 'results.json'}")
     inner = [ranks.at_equal_counts(each) for each in (mad, text)]
-    compared = [ranks.size_agreement(text), *ranks.compare(mad, text), *ranks.compare(*inner)]
+    alike = [replace(each, by_parameters=None, gain=None) for each in ranks.compare(*inner)]
+    compared = [ranks.size_agreement(text), *ranks.compare(mad, text), *alike]
     listing = ranks.exhibit(compared)
     listing = replace(listing, findings=(*listing.findings, *_noise(curves, text, inner[1], mad, inner[0])))
     results: dict[str, Any] = {

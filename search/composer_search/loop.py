@@ -55,8 +55,8 @@ def run_trials(
                 failures += not study.trials[-1].completed
                 if progress is not None:
                     progress(study, pool.running)
-            for broken in (outcome.error for _, outcome in ended if outcome.file_error):
-                raise FileError(broken or "a file of the evaluator cannot be used")
+            if broken := next((outcome for _, outcome in ended if outcome.file_error), None):
+                raise FileError(str(broken.error))
             if failures >= _HOPELESS and not study.completed:
                 error = study.trials[-1].error
                 raise ComposerError(f"{failures} trials failed and none was completed; the last one: {error}")

@@ -279,7 +279,8 @@ def compile_ahead(tmp_path: Path) -> Callable[..., dict[str, int]]:
         aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(given) if kind[0] == "*" or ":16" in kind}
         target = GPUTarget("cuda", architecture, 32)
         compiled = triton.compile(ASTSource(kernel, signature, constexprs, aligned), target=target, options=options)
-        return _resources(compiled.asm["ptx"], architecture, tmp_path / "kernel.ptx")
+        found = _resources(compiled.asm["ptx"], architecture, tmp_path / "kernel.ptx")
+        return found | {"shared_bytes": compiled.metadata.shared}
 
     return compile_ahead
 

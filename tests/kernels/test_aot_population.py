@@ -58,12 +58,13 @@ def test_attention(architecture, length, width, dtype, precision, last, compile_
 
 @pytest.mark.parametrize(("times", "most"), [(1, 0), (3, 256)])
 def test_linear(times, most, compile_ahead):
-    """The wider layer keeps a few addresses in memory."""
+    """The wider layer keeps a few addresses in memory; of shared memory both take what `fits` asks a GPU for."""
     launch = linear.default_launch(HIDDEN, times * HIDDEN)
     constants = (HIDDEN, times == 3, min(launch.columns, HIDDEN), launch.block)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     found = compile_ahead(linear._kernel, 90, [BF16] * 5 + ["i32:16", "i32:16"], constants, **options)
     assert found["spilled_bytes"] <= most
+    assert found["shared_bytes"] == launch.shared_bytes(HIDDEN, times * HIDDEN)
 
 
 def test_the_others(compile_ahead):

@@ -154,12 +154,14 @@ def test_one_seed_is_compared_and_a_seed_cut_short_is_not(tool, tmp_path):
 def test_equal_sizes_leave_what_order_is_worth():
     rng = np.random.default_rng(0)
     sequences = tuple(map(CompositeSequence, SPACE))
-    found = at_equal_counts(Scores("s", sequences, rng.random(16), rng.random((16, 2)), {"t": rng.random(16)}))
+    tasks = {"t": rng.random(16), "solved": np.full(16, 0.1)}
+    found = at_equal_counts(Scores("s", sequences, rng.random(16), rng.random((16, 2)), tasks))
     assert len(found) == 14 and CompositeSequence("AAAA") not in found.sequences
     sizes = parameters(found.sequences)
     for values in (found.values, *found.seeds.T, found.tasks["t, equal sizes"]):
         assert [values[sizes == size].mean() for size in np.unique(sizes)] == pytest.approx([0] * 3)
         assert np.unique(values).size == 14
+    assert not found.tasks["solved, equal sizes"].any()  # rounding ranks nothing
 
 
 @pytest.mark.parametrize(

@@ -189,12 +189,16 @@ def at_equal_counts(scores: Scores) -> Scores:
     sizes = parameters(kept.sequences)
     alike = sizes[:, None] == sizes
     centre = np.eye(len(sizes)) - alike / alike.sum(1, keepdims=True)
+
+    def centred(values: Floats) -> Floats:
+        return (centre @ values).round(12)  # else equal scores would be ranked by their rounding
+
     return Scores(
         name=f"{scores.name}, equal sizes",
         sequences=kept.sequences,
-        values=centre @ kept.values,
-        seeds=None if kept.seeds is None else centre @ kept.seeds,
-        tasks={f"{task}, equal sizes": centre @ values for task, values in kept.tasks.items()},
+        values=centred(kept.values),
+        seeds=None if kept.seeds is None else centred(kept.seeds),
+        tasks={f"{task}, equal sizes": centred(values) for task, values in kept.tasks.items()},
     )
 
 

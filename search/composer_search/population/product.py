@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TILE, _PROGRAMS = 128, 528
-"""Side of the tile of a product that one program of a GPU makes, about, and programs that keep it busy: four for each
-multiprocessor of an H100."""
+_TILE = 128
+"""Side of the tile of a product that one program of a GPU makes, about."""
 
-_LEAST_TOKENS = 512
+PROGRAMS, LEAST_TOKENS = 528, 512
+"""Programs that keep a GPU busy, four for each multiprocessor of an H100; and tokens at least of each part of a
+weight's gradient, which is written once for each."""
 
 
 class _Product(torch.autograd.Function):
@@ -56,7 +57,7 @@ def token_parts(weight: Tensor, tokens: int) -> int:
     rows, *sides = weight.shape
     tiles = rows * -(-sides[0] // _TILE) * -(-sides[1] // _TILE)
     parts = 1
-    while tiles * parts < _PROGRAMS and tokens % (2 * parts) == 0 and tokens >= 2 * parts * _LEAST_TOKENS:
+    while tiles * parts < PROGRAMS and tokens % (2 * parts) == 0 and tokens >= 2 * parts * LEAST_TOKENS:
         parts *= 2
     return parts
 

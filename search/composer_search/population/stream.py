@@ -1,8 +1,8 @@
 """The residual stream of a population, whose gradient may be narrower than itself.
 
 A weight's gradient is made of the stream's gradient in the type of matrix products, rounded. Kept in that type from one
-depth to the next, too, it is one tensor in place of two, at less than half the bytes; a block's rounding then reaches
-the blocks before it, as those of its products do.
+depth to the next, too, it is one tensor in place of two, for 16 bits a third of the bytes; a block's rounding then
+reaches the blocks before it, as those of its products do.
 """
 
 from __future__ import annotations

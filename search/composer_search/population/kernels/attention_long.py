@@ -14,8 +14,13 @@ Bytes for a token of H channels of 16 bits: forward reads 3H numbers and writes 
 backward reads 5H and writes 3H, 16H bytes, and moves up to 8H of `scratch` and more where the caches do not hold it.
 
 Measured on an H100 on 24 November 2026, forward and backward in ns a token of 128 channels: 1.03 and 2.13 of 128
-positions, 1.29 and 2.83 of 256. What lost there: tiles of 16 and of 32 positions, 2 and 8 warps, two heads a program
-and more, and to load for two rounds at once, 1.17 and 3.62 of 128 positions: hence `num_stages=1`.
+positions, 1.28 and 2.83 of 256. What lost there the day before, to 1.01 and 2.62 of 128 positions: tiles of 16 and of
+32 positions, 2 and 8 warps, two heads a program and more, and to load for two rounds at once, 1.17 and 3.62: hence
+`num_stages=1`.
+
+Tensor cores sum over 16 channels at least, of which a head of 8 fills half. In backward three of the others take the
+softmax's sum and delta off within the products, q k - sum and do v - delta (`_with_parts`, `_with_ones`); wider heads
+are given as many channels again for it.
 
 The mixture may be asked for at the last positions of each sequence alone (LAST). Tiles of queries before them are then
 left out, and a query that is not asked for has no gradient.

@@ -22,11 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from composer_search.population.product import gain_gradients, round_weight
-
-PROGRAMS, LEAST_TOKENS = 528, 512
-"""Programs that keep a GPU busy, four for each multiprocessor of an H100; and tokens of a share at least, since dW is
-written once for each."""
+from composer_search.population.product import LEAST_TOKENS, PROGRAMS, gain_gradients, round_weight
 
 
 class Launch(NamedTuple):
@@ -112,13 +108,11 @@ def fits(h: Tensor, outs: int) -> bool:
     And a GPU with shared memory for it, such as an H100; others keep the two products.
     """
     ins = h.shape[2]
-    if h.dtype != torch.bfloat16 or ins not in (16, 32, 64, 128) or outs not in (ins, 3 * ins):
-        return False
-    needed = default_launch(ins, outs).shared_bytes(ins, outs)
-    if not h.is_cuda:
-        return True
+    alike = h.dtype == torch.bfloat16 and ins in (16, 32, 64, 128) and outs in (ins, 3 * ins)
+    if not alike or not h.is_cuda:  # on a CPU it is Triton's interpreter that runs it
+        return alike
     properties: Any = torch.cuda.get_device_properties(h.device)
-    return bool(needed <= properties.shared_memory_per_block_optin)
+    return bool(default_launch(ins, outs).shared_bytes(ins, outs) <= properties.shared_memory_per_block_optin)
 
 
 def launch_backward(dy: Tensor, x: Tensor, weight: Tensor, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
