@@ -20,8 +20,8 @@ from composer_search.trainer import TrainSettings
 def row_bytes(row: Row, settings: TrainSettings, *, recorded: bool = False, fused: bool = False) -> int:
     """The memory that a row takes at most while it trains and is judged: an upper estimate of what is allocated.
 
-    PyTorch's allocator keeps more, on an H100 up to 10 % above this where it came to tens of gigabytes. The data, which rows
-    share, do not count.
+    PyTorch's allocator keeps more, on an H100 up to 10 % above this where it came to tens of gigabytes. The data, which
+    rows share, do not count.
 
     Args:
         row: The row.
