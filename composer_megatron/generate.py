@@ -163,7 +163,7 @@ def requests_of(
         if value is not None and temperature == 0:
             raise UsageError(
                 f"{name}={value} at temperature=0, which takes the likeliest token always: "
-                f"give a temperature above 0, such as --temperature 0.8, or leave --{name.replace('_', '-')} out"
+                f"give a temperature above 0, such as 0.8, or leave {name} out"
             )
     return [
         Request(prompt, max_new_tokens, dataclasses.replace(settings, seed=_seed(seed, number)), tuple(stop))

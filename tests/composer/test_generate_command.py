@@ -81,7 +81,7 @@ def test_a_prompt_that_is_refused_is_not_shown(capsys, folder):
     [
         ((), "no prompt"),
         (("--prompt", "x", "--stop", ""), "a stop text is empty"),
-        (("--prompt", "x", "--top-k", "5"), "give a temperature above 0, such as --temperature 0.8"),
+        (("--prompt", "x", "--top-k", "5"), "give a temperature above 0, such as 0.8, or leave top_k out"),
         (("--prompt", "x", "--top-p", "0.9"), "top_p=0.9 at temperature=0"),
         (("--prompt", "x", "--batch-size", "0", "--max-new-tokens", "2"), "batch_size=0"),
     ],

@@ -137,9 +137,11 @@ class Population:
             part: Of the rows' data.
             at_once: Sequences of a row in one pass.
         """
-        present = self._present()
-        sums = torch.zeros(2, len(present), dtype=torch.float64, device=self.device)
-        for inputs, targets in Questions([getattr(row.data, part) for row in present], self.device).batches(at_once):
+        sums = torch.zeros(2, len(self._places), dtype=torch.float64, device=self.device)
+        questions = self._validation
+        if part == "test":
+            questions = Questions([row.data.test for row in self._present()], self.device)
+        for inputs, targets in questions.batches(at_once):
             wanted = self._model.answers(targets)
             nats = self._operations.nats(self._model(inputs), wanted)
             sums += torch.stack([each.sum(1, dtype=torch.float64) for each in (nats, wanted != IGNORE)])

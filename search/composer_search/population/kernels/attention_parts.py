@@ -85,15 +85,3 @@ def store_part(
     mask = (position < length)[:, None] & (channel < WIDTH)[None, :]
     offset = position[:, None] * (3 * HEADS * WIDTH) + PART * HEADS * WIDTH + channel[None, :]
     tl.store(djoint_ptr + offset, x.to(djoint_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def store_bias(
-    dbias_ptr: tl.tensor, dq: tl.tensor, dk: tl.tensor, dv: tl.tensor,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
-) -> None:  # fmt: skip
-    """Write a sequence's share of the bias's gradient: the parts' gradients, summed over the positions."""
-    channel = tl.arange(0, WIDE)
-    tl.store(dbias_ptr + channel, tl.sum(dq, 0), mask=channel < WIDTH)
-    tl.store(dbias_ptr + HEADS * WIDTH + channel, tl.sum(dk, 0), mask=channel < WIDTH)
-    tl.store(dbias_ptr + 2 * HEADS * WIDTH + channel, tl.sum(dv, 0), mask=channel < WIDTH)

@@ -29,7 +29,6 @@ from composer_search.population.kernels.attention_parts import (
     load_angles,
     load_mixed,
     load_part,
-    store_bias,
     store_part,
     turn,
 )
@@ -86,6 +85,18 @@ def _forward_kernel(
 
 
 @triton.jit
+def _store_bias(
+    dbias_ptr: tl.tensor, dq: tl.tensor, dk: tl.tensor, dv: tl.tensor,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write a sequence's share of the bias's gradient: the parts' gradients, summed over the positions."""
+    channel = tl.arange(0, WIDE)
+    tl.store(dbias_ptr + channel, tl.sum(dq, 0), mask=channel < WIDTH)
+    tl.store(dbias_ptr + HEADS * WIDTH + channel, tl.sum(dk, 0), mask=channel < WIDTH)
+    tl.store(dbias_ptr + 2 * HEADS * WIDTH + channel, tl.sum(dv, 0), mask=channel < WIDTH)
+
+
+@triton.jit
 def _backward_kernel(
     joint_ptr: tl.tensor, bias_ptr: tl.tensor, cosine_ptr: tl.tensor, sine_ptr: tl.tensor, mixed_ptr: tl.tensor,
     dmixed_ptr: tl.tensor, sums_ptr: tl.tensor, djoint_ptr: tl.tensor, dbias_ptr: tl.tensor,
@@ -130,7 +141,7 @@ def _backward_kernel(
     store_part(djoint_ptr, dq, position, length, 0, HEADS, WIDTH, WIDE)
     store_part(djoint_ptr, dk, position, length, 1, HEADS, WIDTH, WIDE)
     store_part(djoint_ptr, dv, position, length, 2, HEADS, WIDTH, WIDE)
-    store_bias(dbias_ptr, dq, dk, dv, HEADS, WIDTH, WIDE)
+    _store_bias(dbias_ptr, dq, dk, dv, HEADS, WIDTH, WIDE)
 
 
 def head_bytes(length: int, width: int, dtype: torch.dtype) -> tuple[float, float]:
